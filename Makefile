@@ -1,0 +1,65 @@
+# Everything lives in .venv; nothing is installed elsewhere.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PROTOS := $(wildcard proto/headrace/v1/*.proto)
+
+.PHONY: run test soak check lint types contracts proto generate bench clean
+
+# Installs, builds the default model, serves it and streams a first answer. Ctrl-C stops it.
+run: $(VENV)/.serve
+	@$(BIN)/headrace quickstart
+
+# Installs what the tests need and runs them.
+test: $(VENV)/.dev clients/node/node_modules
+	$(BIN)/headrace models build smollm2-135m --if-missing
+	$(BIN)/pytest
+
+# What is too long for CI: kill loops, cancels by the thousand, memory over half an hour.
+soak: $(VENV)/.dev
+	$(BIN)/headrace models build smollm2-135m --if-missing
+	$(BIN)/pytest -m soak --timeout 3600
+
+# Everything CI checks beside the tests.
+check: lint types contracts proto
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+# Lints the protos and fails if the committed modules are not what they generate.
+proto: $(VENV)/.dev generate
+	$(BIN)/buf lint
+	git diff --exit-code -- proto
+	@test -z "$$(git status --porcelain -- proto)" || { git status --short -- proto; echo 'commit the generated modules'; exit 1; }
+
+# Generates the Python modules from the protos.
+generate: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto $(PROTOS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+
+$(VENV)/.serve: $(VENV)/bin/python pyproject.toml
+	@echo 'Installing headrace into $(VENV) …'
+	@$(PIP) install --editable '.[serve,build]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+	$(PIP) install --editable '.[serve,build,dev]'
+	@touch $@ $(VENV)/.serve
+
+clients/node/node_modules: clients/node/package.json clients/node/package-lock.json
+	npm ci --silent --no-audit --no-fund --prefix clients/node
+	@touch $@
+
+clean:
+	rm -rf $(VENV) clients/node/node_modules

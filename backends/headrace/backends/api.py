@@ -1,0 +1,201 @@
+"""The contract between the server and a backend.
+
+A backend offers models. A model is either **step-wise** (``StepModel``: it runs one packed step at a time; the server's
+engine batches requests, schedules them and samples) or **whole-call** (``WholeCallModel``: it takes a call and streams
+events; it batches by itself). Who owns what:
+
+- the engine: which sequence is in which slot, what runs next, sampling, stopping, text;
+- the backend: weights, tokenizer, the memory of the slots, and nothing that outlives ``close``.
+
+Raise the errors of ``headrace.backends.errors``; anything else fails the call as INTERNAL.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from headrace.backends.types import Call, ChatInput, Event
+
+API_VERSION = (1, 0)
+"""A plugin built for another major version is refused."""
+
+
+class DeterminismClass(enum.Enum):
+    """How repeatable a model's greedy output is; the names are those of the proto's DeterminismClass."""
+
+    BEST_EFFORT = 1
+    BIT_EXACT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What is known of a model before it is loaded."""
+
+    name: str
+    context_length: int
+    """Tokens of prompt and output together."""
+    digest: str | None = None
+    architecture: str | None = None
+    quantization: str | None = None
+    parameter_count: int | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids, and for each the span of characters ``(start, end)`` that it covers in ``text``."""
+
+    text: str
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back. Safe to call from several threads."""
+
+    vocabulary_size: int
+    eos_token_ids: frozenset[int]
+
+    def encode(self, text: str) -> Encoding:
+        """Encodes a plain prompt, with the begin-of-sequence token if the model wants one. Marks of special tokens in
+        it are plain text."""
+
+    def encode_chat(self, chat: ChatInput) -> Encoding:
+        """Lays a conversation out by the model's template and encodes it; special tokens come from the template alone.
+        Raises InvalidArgument if the template refuses the conversation, UnsupportedOption if there is no template."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to the output; empty for special tokens."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A loaded model."""
+
+    card: ModelCard
+    backend: str
+    """Name of the backend that loaded it."""
+    tokenizer: Tokenizer
+    determinism: DeterminismClass
+
+    def close(self) -> None:
+        """Frees everything. No call is running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part of a step: ``token_ids`` follow the ``num_cached_tokens`` already in ``slot``."""
+
+    slot: int
+    num_cached_tokens: int
+    token_ids: Sequence[int]
+    wants_logits: bool
+    """Whether to compute the logits after its last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogits:
+    """For each row the ``k`` largest logits, largest first (equal ones by token id), and the normaliser."""
+
+    token_ids: NDArray[np.int64]
+    """[R, k]"""
+    logits: NDArray[np.float32]
+    """[R, k]"""
+    log_sum_exp: NDArray[np.float32]
+    """[R]: of ``logits / temperature`` over the whole vocabulary."""
+
+
+class Logits(Protocol):
+    """The logits of one step: a row for each ``Row`` that wanted them, in order. Valid until the model's next step."""
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        """Row ``index``, [V], writable: penalties, biases and masks are applied in place, before ``top``."""
+
+    def greedy(self) -> NDArray[np.int64]:
+        """[R]: the token with the largest logit of each row; the lowest id among equals."""
+
+    def top(self, rows: Sequence[int], k: int, temperature: NDArray[np.float32]) -> TopLogits:
+        """The ``k`` largest logits of the given rows. ``temperature`` is [R], each above 0."""
+
+
+@runtime_checkable
+class StepModel(Model, Protocol):
+    """A model that runs one packed step at a time. Every method is called from one thread.
+
+    A slot holds one sequence's keys and values. ``num_slots`` and ``num_kv_tokens`` (over all slots) bound what the
+    engine reserves.
+    """
+
+    num_slots: int
+    num_kv_tokens: int
+    chunk_size: int
+    """A prompt is given in chunks that end at multiples of this, whatever else runs: so its logits depend on nothing
+    else."""
+
+    def reserve(self, slot: int, num_tokens: int) -> None:
+        """Makes room in an empty slot for a sequence of at most ``num_tokens``."""
+
+    def release(self, slot: int) -> None:
+        """Empties a slot."""
+
+    def step(self, rows: Sequence[Row]) -> Logits:
+        """Appends each row's tokens to its slot. Either every row is a decode (one token), or every row is a chunk of
+        a prompt; slots are distinct."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a whole-call model can do (for step-wise models the engine answers)."""
+
+    options: frozenset[str]
+    """Paths of the request fields it honours, such as ``"sampling.top_k"``; any other is refused by name."""
+    max_n: int = 1
+    max_top_logprobs: int = 0
+
+
+@runtime_checkable
+class WholeCallModel(Model, Protocol):
+    """A model that takes a whole call."""
+
+    capabilities: Capabilities
+
+    def generate(self, call: Call) -> AsyncIterator[Event]:
+        """A ``Handler``: runs on the event loop and never blocks it. Opens an attempt on ``call.meter`` and writes its
+        usage as it happens. Closed early when the caller goes away."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendContext:
+    """What the server gives a backend."""
+
+    models_dir: Path
+    """The operator's model folder; it may not exist yet."""
+
+
+class Backend(Protocol):
+    """Offers models. The class itself is what a plugin registers (``hookspecs.headrace_backends``)."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[tuple[int, int]]
+    Options: ClassVar[type[BaseModel]]
+    """The shape of its settings, ``[backends.<name>]``; checked at start."""
+
+    def __init__(self, options: Any, context: BackendContext) -> None:
+        """``options`` is an instance of ``Options``."""
+
+    def list_models(self) -> Sequence[ModelCard]:
+        """The models that can be loaded now."""
+
+    def load(self, name: str) -> StepModel | WholeCallModel:
+        """Loads and warms up a model of ``list_models``. Called in a thread: it may block."""

@@ -1,0 +1,98 @@
+"""Every error a call can end with.
+
+    HeadraceError
+    ├── InvalidArgument          a field has a value that cannot be
+    ├── UnsupportedOption        a field is set that the model's backend cannot honour
+    ├── ModelNotFound            no such model, or not for this caller
+    ├── Unauthenticated          no credentials, or wrong ones
+    ├── Overloaded               no room now; worth another try
+    │   ├── QueueFull            the queue is at its limit
+    │   └── QueueTimeout         it waited as long as it was allowed to
+    ├── Draining                 the server is stopping
+    ├── DeadlineExceeded         the caller's deadline or time limit passed
+    └── BackendError             the backend failed
+        └── BackendUnavailable   … in a way that may pass
+
+Messages are for the caller: they never hold a path of the server, a key, or another tenant's data. The gRPC layer maps
+each class to a status in one table (``headrace.server.rpc.status``).
+"""
+
+from __future__ import annotations
+
+
+class HeadraceError(Exception):
+    """An error with a message for the caller."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidArgument(HeadraceError):
+    """A field has a value that cannot be.
+
+    ``field`` is a path from GenerationSpec, such as ``"sampling.top_p"``; ``problem`` says what would be right.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class UnsupportedOption(HeadraceError):
+    """A field is set that the model's backend cannot honour."""
+
+    def __init__(self, field: str, *, model: str, backend: str) -> None:
+        super().__init__(f"{field}: not supported by model {model!r} (backend {backend!r})")
+        self.field = field
+        self.model = model
+        self.backend = backend
+
+
+class ModelNotFound(HeadraceError):
+    """No such model, or not for this caller."""
+
+    def __init__(self, model: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"model {model!r} not found; there is {', '.join(map(repr, known)) or 'none'}")
+        self.model = model
+
+
+class Unauthenticated(HeadraceError):
+    """No credentials, or wrong ones."""
+
+
+class Overloaded(HeadraceError):
+    """No room now. ``retry_after`` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Overloaded):
+    """The queue is at its limit."""
+
+
+class QueueTimeout(Overloaded):
+    """It waited as long as it was allowed to."""
+
+
+class Draining(HeadraceError):
+    """The server is stopping. ``retry_after`` is in seconds."""
+
+    def __init__(self, *, retry_after: float = 1.0) -> None:
+        super().__init__("the server is stopping; try again")
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(HeadraceError):
+    """The caller's deadline or time limit passed."""
+
+
+class BackendError(HeadraceError):
+    """The backend failed."""
+
+
+class BackendUnavailable(BackendError):
+    """The backend failed in a way that may pass."""

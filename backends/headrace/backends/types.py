@@ -1,0 +1,453 @@
+"""The domain: what a call asks for, what happens in it, and what it used.
+
+Everything else is a function over these types. ``Handler`` carries the design: a backend is one, each middleware takes
+one and is one, and the gRPC layer turns its events into messages.
+
+A stream is any number of ``Delta``, one ``ChoiceFinish`` per choice, then one ``StreamEnd``; or an exception. What was
+used does not travel in events, since exceptions and cancels lose them: ``Call.meter`` is written as it happens.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from headrace.backends.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from headrace.backends.api import Model
+
+# --- what is asked for ---------------------------------------------------------------------------------------------
+
+
+class Role(enum.StrEnum):
+    """Whose turn a chat message is; the values are what chat templates expect."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """Plain text, continued as it is; marks of special tokens in it are plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIdsInput:
+    """Token ids, continued as they are."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, made by the assistant in an earlier turn."""
+
+    id: str
+    name: str
+    arguments_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolDefinition:
+    """A function the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters_json_schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A conversation, laid out by the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[ToolDefinition, ...] = ()
+    add_generation_prompt: bool = True
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise InvalidArgument("chat.messages", "must have at least one message")
+
+
+@dataclass(frozen=True, slots=True)
+class InfillInput:
+    """Text with a hole, for models trained to fill it."""
+
+    prefix: str
+    suffix: str
+
+
+Input = TextInput | TokenIdsInput | ChatInput | InfillInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; the fields are those of the proto's SamplingOptions, ``None`` where a default is the
+    model's or means off."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None:
+            _check_range("sampling.temperature", self.temperature, 0, 100)
+        if self.top_k is not None:
+            _check_range("sampling.top_k", self.top_k, 1)
+        _check_range("sampling.top_p", self.top_p, 0, 1, above_low=True)
+        _check_range("sampling.min_p", self.min_p, 0, 1)
+        _check_range("sampling.typical_p", self.typical_p, 0, 1, above_low=True)
+        _check_range("sampling.repetition_penalty", self.repetition_penalty, 0, 10, above_low=True)
+        _check_range("sampling.presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("sampling.frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_count("sampling.logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
+        for token_id, bias in self.logit_bias.items():
+            _check_range(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """When a choice is complete; the fields are those of the proto's StoppingOptions."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop_sequences: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_sequence: bool = False
+    time_limit: float | None = None
+    """Seconds from the call's arrival."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _check_range("stopping.max_new_tokens", self.max_new_tokens, 1)
+            if self.min_new_tokens > self.max_new_tokens:
+                raise InvalidArgument(
+                    "stopping.min_new_tokens",
+                    f"must be at most max_new_tokens ({self.max_new_tokens}), got {self.min_new_tokens}",
+                )
+        _check_count("stopping.stop_sequences", len(self.stop_sequences), MAX_STOP_SEQUENCES)
+        for i, text in enumerate(self.stop_sequences):
+            _check_range(f"stopping.stop_sequences[{i}]", len(text.encode()), 1, MAX_STOP_BYTES, what="bytes")
+        _check_count("stopping.stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        if self.time_limit is not None:
+            _check_range("stopping.time_limit", self.time_limit, 0, above_low=True, what="seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseOptions:
+    """What the answer contains beside its text; the fields are those of the proto's ResponseOptions."""
+
+    logprobs: bool = False
+    top_logprobs: int = 0
+    token_ids: bool = False
+    echo: bool = False
+    usage_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("response.top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidArgument("response.top_logprobs", "needs response.logprobs")
+        if self.usage_interval is not None:
+            _check_range("response.usage_interval", self.usage_interval, 1)
+
+
+class LatencyClass(enum.IntEnum):
+    """Kinds of use, by how soon the first token is wanted; the most urgent first."""
+
+    VOICE = 1
+    CHAT = 2
+    BATCH = 3
+
+
+class ExpiryAction(enum.Enum):
+    """What happens when ``Stopping.time_limit`` passes."""
+
+    PARTIAL = "partial"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduling:
+    """When and how urgently to run; the fields are those of the proto's SchedulingOptions."""
+
+    latency_class: LatencyClass = LatencyClass.CHAT
+    priority: int = 0
+    queue_timeout: float | None = None
+    """Seconds in the queue at most."""
+    on_expiry: ExpiryAction = ExpiryAction.PARTIAL
+
+    def __post_init__(self) -> None:
+        _check_range("scheduling.priority", self.priority, -100, 100)
+        if self.queue_timeout is not None:
+            _check_range("scheduling.queue_timeout", self.queue_timeout, 0, above_low=True, what="seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One generation as the caller asked for it, checked as far as it can be without knowing the model.
+
+    ``options`` holds the path of every field that the caller set, such as ``"sampling.top_k"``: what a model does not
+    declare in ``Capabilities.options`` is refused by that name.
+    """
+
+    input: Input
+    model: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stopping: Stopping = field(default_factory=Stopping)
+    n: int = 1
+    response: ResponseOptions = field(default_factory=ResponseOptions)
+    scheduling: Scheduling = field(default_factory=Scheduling)
+    seed: int | None = None
+    extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_range("n", self.n, 1, MAX_CHOICES)
+
+
+MAX_CHOICES = 16
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_SEQUENCES = 16
+MAX_STOP_BYTES = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_TOP_LOGPROBS = 20
+
+
+def _check_range(
+    field_path: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    above_low: bool = False,
+    what: str = "",
+) -> None:
+    """Refuses a value outside low to high; NaN is outside every range."""
+    if (low < value if above_low else low <= value) and value <= high and value != math.inf:
+        return
+    unit = f" {what}" if what else ""
+    lower = f"above {low}" if above_low else f"at least {low}"
+    bounds = f"{lower}{unit}" if high == math.inf else f"{lower} and at most {high}{unit}"
+    raise InvalidArgument(field_path, f"must be {bounds}, got {value}")
+
+
+def _check_count(field_path: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidArgument(field_path, f"must have at most {most} entries, got {count}")
+
+
+# --- what happens --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens in a place; ``logprob`` is natural."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability (natural, before any sampling option) of an output token."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More output of one choice: text in whole characters, and the tokens generated since the last delta.
+
+    The text of a token can lie in a later delta, while a character or a possible stop sequence is incomplete.
+    """
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class FinishReason(enum.Enum):
+    """Why a choice ended; the names are those of the proto's FinishReason."""
+
+    MAX_TOKENS = 1
+    EOS_TOKEN = 2
+    STOP_SEQUENCE = 3
+    STOP_TOKEN = 4
+    TIME_LIMIT = 5
+    BUDGET = 6
+    TOOL_CALLS = 7
+    CONTENT_FILTER = 8
+    SHUTDOWN = 9
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinish:
+    """The end of one choice."""
+
+    choice: int
+    reason: FinishReason
+    stop_sequence: str | None = None
+    stop_token_id: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """Everything is complete. Always the last event of a stream that does not raise."""
+
+
+Event = Delta | ChoiceFinish | StreamEnd
+
+
+# --- what was used -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts, disjoint inside as the proto's Usage says. ``None`` is "not reported", 0 is "none"."""
+
+    input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_write_input_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_output_tokens: int | None = None
+    sent_output_tokens: int | None = None
+    accepted_draft_tokens: int | None = None
+    rejected_draft_tokens: int | None = None
+    estimated: bool = False
+
+
+class AttemptOutcome(enum.Enum):
+    """How an attempt ended; the names are those of the proto's AttemptOutcome."""
+
+    COMPLETED = 1
+    CANCELLED = 2
+    FAILED = 3
+    EXPIRED = 4
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at one backend. ``outcome`` is ``None`` while it runs."""
+
+    backend: str
+    price_id: str | None = None
+    usage: Usage = field(default_factory=Usage)
+    outcome: AttemptOutcome | None = None
+
+
+@dataclass(slots=True)
+class Meter:
+    """What a call has used so far: written by whoever runs it, as it happens; read by anyone, at any time.
+
+    Times are seconds on the call's clock. Each field has one writer, so no lock is needed.
+    """
+
+    attempts: list[Attempt] = field(default_factory=list)
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    sent_output_tokens: int = 0
+
+    def begin(self, backend: str, *, price_id: str | None = None) -> Attempt:
+        """Opens an attempt; the backend writes its usage as it happens and its outcome at the end."""
+        attempt = Attempt(backend, price_id)
+        self.attempts.append(attempt)
+        return attempt
+
+    def usage(self) -> Usage:
+        """The last attempt's input and output, and what was sent of it."""
+        if not self.attempts:
+            return Usage()
+        last = self.attempts[-1].usage
+        return Usage(
+            input_tokens=last.input_tokens,
+            cache_read_input_tokens=last.cache_read_input_tokens,
+            cache_write_input_tokens=last.cache_write_input_tokens,
+            output_tokens=last.output_tokens,
+            reasoning_output_tokens=last.reasoning_output_tokens,
+            sent_output_tokens=self.sent_output_tokens,
+            accepted_draft_tokens=last.accepted_draft_tokens,
+            rejected_draft_tokens=last.rejected_draft_tokens,
+            estimated=last.estimated,
+        )
+
+
+# --- a call --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls, as an authenticator verified it. Caches, budgets and limits key on ``tenant``."""
+
+    tenant: str
+
+
+ANONYMOUS = Principal(tenant="anonymous")
+"""Whoever calls a server that asks for no credentials; a tenant like any other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The prompt as the model sees it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One request on its way through the middleware, which fills in what it finds out.
+
+    Times are seconds on the server's monotonic clock.
+    """
+
+    request: GenerateRequest
+    request_id: str
+    arrived: float
+    deadline: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    principal: Principal = ANONYMOUS
+    model: Model | None = None
+    """Set by ``resolve``."""
+    prompt: Prompt | None = None
+    """Set by ``tokenize``."""
+    max_new_tokens: int = 0
+    """Set by ``tokenize``: the request's, or the default, within what the context leaves."""
+    meter: Meter = field(default_factory=Meter)
+
+
+Handler = Callable[[Call], AsyncIterator[Event]]
