@@ -13,16 +13,15 @@ Raise the errors of ``headrace.backends.errors``; anything else fails the call a
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from headrace.backends.types import Call, ChatInput, Events
 from numpy.typing import NDArray
 from pydantic import BaseModel
-
-from headrace.backends.types import Call, ChatInput, Event
 
 API_VERSION = (1, 0)
 """A plugin built for another major version is refused."""
@@ -66,11 +65,13 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> Encoding:
         """Encodes a plain prompt, with the begin-of-sequence token if the model wants one. Marks of special tokens in
-        it are plain text."""
+        it are plain text.
+        """
 
     def encode_chat(self, chat: ChatInput) -> Encoding:
         """Lays a conversation out by the model's template and encodes it; special tokens come from the template alone.
-        Raises InvalidArgument if the template refuses the conversation, UnsupportedOption if there is no template."""
+        Raises InvalidArgument if the template refuses the conversation, UnsupportedOption if there is no template.
+        """
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the output; empty for special tokens."""
@@ -139,9 +140,11 @@ class StepModel(Model, Protocol):
 
     num_slots: int
     num_kv_tokens: int
-    chunk_size: int
-    """A prompt is given in chunks that end at multiples of this, whatever else runs: so its logits depend on nothing
-    else."""
+    max_chunk: int
+    """Tokens of one row in one step at most."""
+    chunk_alignment: int
+    """A prompt is cut at multiples of this only, and never so that one token is left: a last chunk can be one token
+    longer, so ``max_chunk > chunk_alignment``. A BIT_EXACT model's output does not depend on which multiples."""
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Makes room in an empty slot for a sequence of at most ``num_tokens``."""
@@ -151,7 +154,8 @@ class StepModel(Model, Protocol):
 
     def step(self, rows: Sequence[Row]) -> Logits:
         """Appends each row's tokens to its slot. Either every row is a decode (one token), or every row is a chunk of
-        a prompt; slots are distinct."""
+        a prompt; slots are distinct.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +174,10 @@ class WholeCallModel(Model, Protocol):
 
     capabilities: Capabilities
 
-    def generate(self, call: Call) -> AsyncIterator[Event]:
+    def generate(self, call: Call) -> Events:
         """A ``Handler``: runs on the event loop and never blocks it. Opens an attempt on ``call.meter`` and writes its
-        usage as it happens. Closed early when the caller goes away."""
+        usage as it happens. Closed early when the caller goes away.
+        """
 
 
 @dataclass(frozen=True, slots=True)

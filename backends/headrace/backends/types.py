@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,8 @@ Input = TextInput | TokenIdsInput | ChatInput | InfillInput
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen; the fields are those of the proto's SamplingOptions, ``None`` where a default is the
-    model's or means off."""
+    model's or means off.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -450,4 +451,7 @@ class Call:
     meter: Meter = field(default_factory=Meter)
 
 
-Handler = Callable[[Call], AsyncIterator[Event]]
+Events = AsyncGenerator[Event, None]
+"""What a handler gives. Whoever iterates it closes it (``contextlib.aclosing``)."""
+
+Handler = Callable[[Call], Events]

@@ -1,0 +1,80 @@
+"""The built-in backend ``onnx``: model bundles on ONNX Runtime's CPU provider, int8 or float32."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import ClassVar
+
+from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCard, StepModel
+from headrace.backends.errors import BackendError
+from headrace.backends.hookspecs import hookimpl
+from headrace.backends.onnx.bundle import Manifest, list_bundles
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+
+class OnnxOptions(BaseModel):
+    """``[backends.onnx]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
+    """Threads that run a step; by default one for each processor this process may use."""
+    max_running: int = Field(32, ge=1, le=1024)
+    """Sequences that run at once, per model."""
+    kv_cache: ByteSize = Field(ByteSize(2**30), ge=2**20)
+    """Memory for keys and values, per model, such as "1GiB"."""
+    spinning: bool = False
+    """Whether threads wait for work actively: a little faster alone, slower beside anything else on the machine."""
+
+
+class OnnxBackend:
+    """Serves the bundles in the operator's model folder."""
+
+    name: ClassVar[str] = "onnx"
+    api_version: ClassVar[tuple[int, int]] = API_VERSION
+    Options: ClassVar[type[BaseModel]] = OnnxOptions
+
+    def __init__(self, options: OnnxOptions, context: BackendContext) -> None:
+        self._options = options
+        self._models_dir = context.models_dir
+
+    def list_models(self) -> Sequence[ModelCard]:
+        return [_card(manifest) for manifest in list_bundles(self._models_dir)]
+
+    def load(self, name: str) -> StepModel:
+        # onnxruntime is loaded with the first model: listing bundles does not need it.
+        from headrace.backends.onnx.kv import kv_bytes_per_token
+        from headrace.backends.onnx.model import OnnxModel
+        from headrace.backends.tokenizer import HuggingFaceTokenizer
+
+        manifest = next((m for m in list_bundles(self._models_dir) if m.name == name), None)
+        if manifest is None:
+            raise BackendError(f"model {name!r} is no longer there")
+        options = self._options
+        return OnnxModel(
+            self._models_dir / name,
+            manifest,
+            HuggingFaceTokenizer.from_bundle(self._models_dir / name, manifest),
+            threads=options.threads,
+            num_slots=options.max_running,
+            num_kv_tokens=int(options.kv_cache) // kv_bytes_per_token(manifest),
+            spinning=options.spinning,
+        )
+
+
+def _card(manifest: Manifest) -> ModelCard:
+    return ModelCard(
+        name=manifest.name,
+        context_length=manifest.context_length,
+        digest=manifest.digest,
+        architecture=manifest.architecture,
+        quantization=manifest.quantization,
+        parameter_count=manifest.parameter_count,
+        license=manifest.license,
+    )
+
+
+@hookimpl
+def headrace_backends() -> Sequence[type[Backend]]:
+    return [OnnxBackend]

@@ -1,0 +1,280 @@
+"""The built-in backend ``scripted``: deterministic models without weights, for tests and as an example for plugins.
+
+It offers what its settings name, one model of each kind of contract if need be:
+
+    [backends.scripted.models.parrot]
+    kind = "step"            # or "call"
+    answer = "Hello there."  # unset: letters that depend on everything before them
+
+Tokens are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from headrace.backends.api import (
+    API_VERSION,
+    Backend,
+    BackendContext,
+    Capabilities,
+    DeterminismClass,
+    Encoding,
+    Logits,
+    ModelCard,
+    Row,
+    StepModel,
+    Tokenizer,
+    WholeCallModel,
+)
+from headrace.backends.errors import BackendError
+from headrace.backends.hookspecs import hookimpl
+from headrace.backends.logits import HostLogits
+from headrace.backends.types import (
+    AttemptOutcome,
+    Call,
+    ChatInput,
+    ChoiceFinish,
+    Delta,
+    Events,
+    FinishReason,
+    StreamEnd,
+)
+from pydantic import BaseModel, ConfigDict, Field
+
+EOS = 256
+VOCABULARY_SIZE = 257
+_FAILS = b"\x00"
+"""A prompt with this byte makes the model fail, so that failing can be tested."""
+
+
+class Kind(enum.StrEnum):
+    """Which contract a model follows."""
+
+    STEP = "step"
+    CALL = "call"
+
+
+class ScriptedModelOptions(BaseModel):
+    """One model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind = Kind.STEP
+    answer: str | None = None
+    """What every prompt gets; by default letters that depend on all tokens before them."""
+    context_length: int = Field(4096, ge=2)
+    seconds_per_step: float = Field(0.0, ge=0)
+    """How long a step, or a token of a whole call, takes."""
+    num_slots: int = Field(8, ge=1)
+    num_kv_tokens: int = Field(32768, ge=2)
+
+
+class ScriptedOptions(BaseModel):
+    """``[backends.scripted]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, ScriptedModelOptions] = Field(default_factory=dict)
+
+
+class ByteTokenizer:
+    """Every byte is a token; token 256 is the end of sequence."""
+
+    vocabulary_size = VOCABULARY_SIZE
+    eos_token_ids = frozenset({EOS})
+
+    def encode(self, text: str) -> Encoding:
+        spans = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
+        return Encoding(text, tuple(text.encode()), tuple(spans))
+
+    def encode_chat(self, chat: ChatInput) -> Encoding:
+        text = "".join(f"{message.role}: {message.text}\n" for message in chat.messages)
+        return self.encode(text + ("assistant: " if chat.add_generation_prompt else ""))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == EOS else bytes([token_id])
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        eos = b"" if skip_special_tokens else b"<eos>"
+        return b"".join(eos if i == EOS else bytes([i]) for i in token_ids).decode(errors="replace")
+
+
+def _next_token(tokens: Sequence[int], answered: Sequence[int], answer: str | None) -> int:
+    """What the script says after ``tokens``, the last of which are ``answered``."""
+    if answer is None:
+        return ord("a") + _hash(tokens) % 26
+    script = answer.encode()
+    return script[len(answered)] if len(answered) < len(script) else EOS
+
+
+def _hash(tokens: Sequence[int]) -> int:
+    return int.from_bytes(hashlib.blake2b(np.asarray(tokens, np.int64).tobytes(), digest_size=8).digest())
+
+
+class ScriptedStepModel:
+    """Follows the step-wise contract, and insists that the engine does: whatever it breaks raises."""
+
+    backend = "scripted"
+    determinism = DeterminismClass.BIT_EXACT
+    max_chunk = 32
+    chunk_alignment = 8
+
+    def __init__(self, name: str, options: ScriptedModelOptions) -> None:
+        self.card = _card(name, options)
+        self.tokenizer: Tokenizer = ByteTokenizer()
+        self.num_slots = options.num_slots
+        self.num_kv_tokens = options.num_kv_tokens
+        self.num_steps = 0
+        self._options = options
+        self._slots: dict[int, list[int]] = {}
+        self._reserved: dict[int, int] = {}
+        self._prompt_lengths: dict[int, int] = {}
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        return sum(self._reserved.values())
+
+    def reserve(self, slot: int, num_tokens: int) -> None:
+        assert slot not in self._slots, "a slot is reserved twice"
+        assert 0 <= slot < self.num_slots, "there is no such slot"
+        self._slots[slot], self._reserved[slot] = [], num_tokens
+        assert self.num_reserved_tokens <= self.num_kv_tokens, "more is reserved than there is"
+
+    def release(self, slot: int) -> None:
+        del self._slots[slot], self._reserved[slot]
+        self._prompt_lengths.pop(slot, None)
+
+    def step(self, rows: Sequence[Row]) -> Logits:
+        assert len({row.slot for row in rows}) == len(rows) > 0, "rows share a slot"
+        assert len({len(row.token_ids) == 1 for row in rows}) == 1, "decodes and chunks share a run"
+        self.num_steps += 1
+        time.sleep(self._options.seconds_per_step)
+        logits = [self._logits(row.slot) for row in rows if self._append(row).wants_logits]
+        return HostLogits(np.array(logits, np.float32).reshape(-1, VOCABULARY_SIZE))
+
+    def close(self) -> None:
+        assert not self._slots, "closed while slots are in use"
+
+    def _append(self, row: Row) -> Row:
+        tokens = self._slots[row.slot]
+        assert row.num_cached_tokens == len(tokens), "tokens are missing or given twice"
+        assert len(row.token_ids) <= self.max_chunk, "a chunk is too long"
+        end = len(tokens) + len(row.token_ids)
+        assert end <= self._reserved[row.slot], "a sequence outgrows its reservation"
+        assert row.wants_logits or end % self.chunk_alignment == 0, "a prompt is cut in a wrong place"
+        tokens += row.token_ids
+        if ord(_FAILS) in row.token_ids:
+            raise BackendError("the prompt holds the byte that makes this model fail")
+        return row
+
+    def _logits(self, slot: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        tokens = self._slots[slot]
+        length = self._prompt_lengths.setdefault(slot, len(tokens))
+        logits = np.random.default_rng(_hash(tokens)).normal(size=VOCABULARY_SIZE).astype(np.float32)
+        logits[_next_token(tokens, tokens[length:], self._options.answer)] = 10.0
+        return logits
+
+
+class ScriptedCallModel:
+    """Follows the whole-call contract."""
+
+    backend = "scripted"
+    determinism = DeterminismClass.BIT_EXACT
+    capabilities = Capabilities(
+        options=frozenset(
+            {
+                "text",
+                "token_ids.ids",
+                "chat.messages.role",
+                "chat.messages.content.text",
+                "chat.add_generation_prompt",
+                "stopping.max_new_tokens",
+                "response.token_ids",
+                "response.echo",
+                "response.usage_interval",
+            }
+        )
+    )
+
+    def __init__(self, name: str, options: ScriptedModelOptions) -> None:
+        self.card = _card(name, options)
+        self.tokenizer: Tokenizer = ByteTokenizer()
+        self._options = options
+
+    async def generate(self, call: Call) -> Events:
+        assert call.prompt is not None
+        attempt = call.meter.begin(self.backend)
+        usage = attempt.usage
+        usage.input_tokens, usage.output_tokens = len(call.prompt.token_ids), 0
+        prompt = list(call.prompt.token_ids)
+        answered: list[int] = []
+        attempt.outcome = AttemptOutcome.CANCELLED
+        if ord(_FAILS) in prompt:
+            attempt.outcome = AttemptOutcome.FAILED
+            raise BackendError("the prompt holds the byte that makes this model fail")
+        reason = FinishReason.MAX_TOKENS
+        while len(answered) < call.max_new_tokens and reason is FinishReason.MAX_TOKENS:
+            await asyncio.sleep(self._options.seconds_per_step)
+            token = _next_token(prompt + answered, answered, self._options.answer)
+            answered.append(token)
+            usage.output_tokens += 1
+            if token == EOS:
+                reason = FinishReason.EOS_TOKEN
+            elif token < 0x80:  # a whole character; longer ones are given when they end
+                yield Delta(0, chr(token), (token,))
+            elif (text := _character_at_end(answered)) is not None:
+                yield Delta(0, text, tuple(text.encode()))
+        yield ChoiceFinish(0, reason, stop_token_id=EOS if reason is FinishReason.EOS_TOKEN else None)
+        attempt.outcome = AttemptOutcome.COMPLETED
+        yield StreamEnd()
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def _character_at_end(tokens: Sequence[int]) -> str | None:
+    """The character of several bytes that ends with the last token, if it is complete."""
+    for length in (2, 3, 4):
+        try:
+            text = bytes(tokens[-length:]).decode()
+        except (UnicodeDecodeError, ValueError):
+            continue
+        if len(text) == 1:
+            return text
+    return None
+
+
+class ScriptedBackend:
+    """Offers the models that its settings name."""
+
+    name: ClassVar[str] = "scripted"
+    api_version: ClassVar[tuple[int, int]] = API_VERSION
+    Options: ClassVar[type[BaseModel]] = ScriptedOptions
+
+    def __init__(self, options: ScriptedOptions, context: BackendContext) -> None:  # noqa: ARG002  # the contract's
+        self._models = options.models
+
+    def list_models(self) -> Sequence[ModelCard]:
+        return [_card(name, options) for name, options in self._models.items()]
+
+    def load(self, name: str) -> StepModel | WholeCallModel:
+        options = self._models[name]
+        return ScriptedCallModel(name, options) if options.kind is Kind.CALL else ScriptedStepModel(name, options)
+
+
+def _card(name: str, options: ScriptedModelOptions) -> ModelCard:
+    return ModelCard(
+        name=name, context_length=options.context_length, digest=f"scripted:{options.answer!r}", architecture="scripted"
+    )
+
+
+@hookimpl
+def headrace_backends() -> Sequence[type[Backend]]:
+    return [ScriptedBackend]

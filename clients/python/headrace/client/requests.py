@@ -1,0 +1,149 @@
+"""From prompts and options to the proto's requests: the same for both clients."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from headrace.client import options as option_table
+from headrace.client.types import Infill, Message, Prompt, Role, ToolCall
+from headrace.v1 import generation_pb2, tokenization_pb2
+
+BatchPrompt: TypeAlias = Prompt | generation_pb2.GenerationSpec
+"""A GenerationSpec is a prompt with options of its own."""
+
+
+def spec(
+    prompt: Prompt | None, base: generation_pb2.GenerationSpec | None, options: Mapping[str, Any]
+) -> generation_pb2.GenerationSpec:
+    """A spec from a prompt and options, over a copy of ``base`` if there is one."""
+    result = generation_pb2.GenerationSpec()
+    if base is not None:
+        result.CopyFrom(base)
+    if prompt is not None:
+        _put_prompt(result, prompt)
+    if result.WhichOneof("input") is None:
+        raise TypeError("prompt: is missing")
+    option_table.apply(result, options)
+    return result
+
+
+def stream(
+    spec: generation_pb2.GenerationSpec, resume_after_sequence: int | None
+) -> generation_pb2.GenerateStreamRequest:
+    return generation_pb2.GenerateStreamRequest(spec=spec, resume_after_sequence=resume_after_sequence)
+
+
+class BatchRequests:
+    """The requests of a batch, numbered from 0. gRPC iterates them out of the caller's sight and would only log what
+    that raises: so it ends the requests, and is kept for ``check``.
+    """
+
+    def __init__(self, prompts: Iterable[BatchPrompt] | AsyncIterable[BatchPrompt], options: Mapping[str, Any]) -> None:
+        self._prompts = prompts
+        self._options = options
+        self.error: Exception | None = None
+
+    def check(self) -> None:
+        """Raises what the iteration raised."""
+        if self.error is not None:
+            raise self.error
+
+    def __iter__(self) -> Iterator[generation_pb2.GenerateBatchRequest]:
+        assert isinstance(self._prompts, Iterable)
+        try:
+            for index, prompt in enumerate(self._prompts):
+                yield self._request(index, prompt)
+        except Exception as error:  # noqa: BLE001  # whatever the caller's iterator raises is raised to the caller
+            self.error = error
+
+    async def __aiter__(self) -> AsyncIterator[generation_pb2.GenerateBatchRequest]:
+        try:
+            if isinstance(self._prompts, Iterable):
+                for request in self:
+                    yield request
+                return
+            index = 0
+            async for prompt in self._prompts:
+                yield self._request(index, prompt)
+                index += 1
+        except Exception as error:  # noqa: BLE001  # whatever the caller's iterator raises is raised to the caller
+            self.error = error
+
+    def _request(self, index: int, prompt: BatchPrompt) -> generation_pb2.GenerateBatchRequest:
+        if isinstance(prompt, generation_pb2.GenerationSpec):
+            built = spec(None, prompt, self._options)
+        else:
+            built = spec(prompt, None, self._options)
+        return generation_pb2.GenerateBatchRequest(index=index, spec=built)
+
+
+def tokenize(prompt: Prompt, model: str | None, options: Mapping[str, Any]) -> tokenization_pb2.TokenizeRequest:
+    text, chat = _text_or_chat(prompt, options)
+    return tokenization_pb2.TokenizeRequest(model=model, text=text, chat=chat)
+
+
+def count_tokens(prompt: Prompt, model: str | None, options: Mapping[str, Any]) -> tokenization_pb2.CountTokensRequest:
+    text, chat = _text_or_chat(prompt, options)
+    return tokenization_pb2.CountTokensRequest(model=model, text=text, chat=chat)
+
+
+def detokenize(
+    token_ids: Sequence[int], model: str | None, *, skip_special_tokens: bool
+) -> tokenization_pb2.DetokenizeRequest:
+    return tokenization_pb2.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _text_or_chat(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str | None, generation_pb2.ChatInput | None]:
+    built = generation_pb2.GenerationSpec()
+    _put_prompt(built, prompt)
+    option_table.apply(built, options, option_table.CHAT_OPTIONS)
+    match built.WhichOneof("input"):
+        case "text":
+            return built.text, None
+        case "chat":
+            return None, built.chat
+        case _:
+            raise TypeError("prompt: must be text or a conversation to be tokenized")
+
+
+def _put_prompt(spec: generation_pb2.GenerationSpec, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        spec.text = prompt
+    elif isinstance(prompt, Infill):
+        spec.infill.prefix = prompt.prefix
+        spec.infill.suffix = prompt.suffix
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise TypeError(f"prompt: must be text, token ids, chat messages or Infill, got {type(prompt).__name__}")
+    elif not prompt:
+        raise ValueError("prompt: has no tokens or messages")
+    elif isinstance(prompt[0], (Message, Mapping)):
+        spec.chat.CopyFrom(generation_pb2.ChatInput(messages=[_message(i, m) for i, m in enumerate(prompt)]))
+    else:
+        try:
+            ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]  # what is no id is refused here
+        except TypeError as error:
+            raise TypeError(f"prompt: must hold token ids or chat messages ({error})") from error
+        spec.token_ids.CopyFrom(generation_pb2.TokenIds(ids=ids))
+
+
+def _message(index: int, given: Any) -> generation_pb2.ChatMessage:
+    try:
+        message = given if isinstance(given, Message) else Message(**given)
+        calls = [call if isinstance(call, ToolCall) else ToolCall(**call) for call in message.tool_calls or ()]
+        return generation_pb2.ChatMessage(
+            role=f"ROLE_{Role(message.role).name}",
+            content=[] if message.content is None else [generation_pb2.ContentPart(text=message.content)],
+            name=message.name,
+            tool_calls=[
+                generation_pb2.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json)
+                for call in calls
+            ],
+            tool_call_id=message.tool_call_id,
+            reasoning_text=message.reasoning_text,
+        )
+    except TypeError as error:
+        raise TypeError(f"prompt[{index}]: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"prompt[{index}]: {error}") from error

@@ -1,0 +1,44 @@
+"""The program ``headrace``."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from headrace.cli.lazy import LazyCommand, LazyGroup
+
+COMMANDS = (
+    LazyCommand("quickstart", "headrace.cli.quickstart:quickstart", "Serve a small model and stream a first answer.", ("serve", "build")),
+    LazyCommand("serve", "headrace.cli.serve:serve", "Serve models over gRPC.", ("serve",)),
+    LazyCommand("generate", "headrace.cli.generate:generate", "Generate text from a prompt."),
+    LazyCommand("chat", "headrace.cli.chat:chat", "Talk with a model."),
+    LazyCommand("tokenize", "headrace.cli.tokenize:tokenize", "Show the tokens of a text, or count them."),
+    LazyCommand("models", "headrace.cli.models:models", "List, show and build models."),
+    LazyCommand("config", "headrace.cli.config:config", "Show and check the server's configuration.", ("serve",)),
+)
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(package_name="headrace", prog_name="headrace")
+def cli() -> None:
+    """LLM text generation over gRPC: streaming, continuously batched, exact to the token.
+
+    Begin with `headrace quickstart`, then `headrace generate "Why is the sky blue?"` in another terminal.
+    """
+
+
+def main() -> None:
+    """Runs the program. Ctrl-C ends it quietly with status 130, as shells expect."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,142 @@
+"""The composition root: the one file that knows every part and puts them together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from headrace.backends.api import Backend, BackendContext, DeterminismClass
+from headrace.backends.types import Handler, Principal, Sampling
+from headrace.server.config import Settings, SettingsError, describe
+from headrace.server.engine.engine import DEFAULT_TEMPERATURE
+from headrace.server.middleware.authentication import AllowAnonymous, Authenticator, authenticate
+from headrace.server.middleware.ceilings import limit_calls
+from headrace.server.middleware.resolve import resolve
+from headrace.server.middleware.tokenize import tokenize
+from headrace.server.plugins import Plugin, load_plugins
+from headrace.server.registry import ModelRegistry, Served
+from headrace.server.rpc.application import ServedModel
+from pydantic import ValidationError
+
+T = TypeVar("T")
+
+
+class App:
+    """Everything behind the gRPC layer; implements ``rpc.application.Application``."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        authenticator: Authenticator | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Loads plugins and checks their settings; raises PluginError or SettingsError. ``load`` loads models."""
+        self.settings = settings
+        self.draining = False
+        self.plugins: list[Plugin] = load_plugins(settings.plugins)
+        self._backends = _make_backends(settings, self.plugins)
+        self._authenticator = authenticator or AllowAnonymous()
+        self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
+        self.registry = ModelRegistry(clock=clock, max_queued=settings.max_queued)
+        # The middleware, outermost first.
+        handler: Handler = self.registry.run
+        handler = tokenize(
+            handler,
+            registry=self.registry,
+            executor=self._executor,
+            default_max_new_tokens=settings.default_max_new_tokens,
+        )
+        self.generate = self.front(handler)
+
+    def front(self, inner: Handler, *, resolve_model: bool = True) -> Handler:
+        """What all calls share, around ``inner``: ceilings, authentication, and the model unless told otherwise."""
+        handler = resolve(inner, registry=self.registry) if resolve_model else inner
+        handler = authenticate(handler, authenticator=self._authenticator)
+        return limit_calls(handler, max_calls=self.settings.max_calls, is_draining=lambda: self.draining)
+
+    def offers(self) -> list[tuple[Backend, ModelCard]]:
+        """The models that the settings name, or all there are. Raises SettingsError if one is not there."""
+        offers = [(backend, card) for backend in self._backends for card in backend.list_models()]
+        names = [card.name for _, card in offers]
+        wanted = self.settings.models
+        for setting, name in [("models", name) for name in wanted or ()] + [
+            ("default_model", self.settings.default_model)
+        ]:
+            if name is not None and name not in names:
+                raise SettingsError(f"{setting}: no model {name!r}; there is {', '.join(names) or 'none'}")
+        if not offers:
+            raise SettingsError(
+                f"models_dir: no model in {self.settings.models_dir}; build one: headrace models build smollm2-135m"
+            )
+        return [offer for offer in offers if wanted is None or offer[1].name in wanted]
+
+    async def load(self) -> None:
+        """Loads the models of ``offers``, which it may raise the errors of."""
+        await self.registry.load(self.offers(), default=self.settings.default_model)
+
+    def list_models(self, principal: Principal) -> Sequence[ServedModel]:  # noqa: ARG002  # all models are everybody's
+        return [_describe(served, self.registry.default_name) for served in self.registry]
+
+    async def run_blocking(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def finish_all(self) -> None:
+        """Ends running generations with what they have: the grace is over."""
+        await self.registry.finish_all()
+
+    async def close(self) -> None:
+        """Frees everything. No call is running."""
+        await self.registry.close()
+        self._executor.shutdown()
+
+
+@asynccontextmanager
+async def running_app(settings: Settings, *, authenticator: Authenticator | None = None) -> AsyncIterator[App]:
+    """An App with its models loaded, closed at the end."""
+    app = App(settings, authenticator=authenticator)
+    try:
+        await app.load()
+        yield app
+    finally:
+        await app.close()
+
+
+def _make_backends(settings: Settings, plugins: Sequence[Plugin]) -> list[Backend]:
+    classes = {backend.name: backend for plugin in plugins for backend in plugin.backends}
+    for name in settings.backends:
+        if name not in classes:
+            raise SettingsError(f"backends.{name}: no such backend; there is {', '.join(classes)}")
+    context = BackendContext(models_dir=settings.models_dir)
+    backends = []
+    for name, backend in classes.items():
+        try:
+            options = backend.Options.model_validate(settings.backends.get(name, {}))
+        except ValidationError as error:
+            raise SettingsError(describe(error, backend.Options.model_fields, f"backends.{name}.")) from None
+        backends.append(backend(options, context))
+    return backends
+
+
+def _describe(served: Served, default: str | None) -> ServedModel:
+    engine, model = served.engine, served.model
+    return ServedModel(
+        card=served.card,
+        backend=served.backend,
+        state=served.state,
+        is_default=served.card.name == default,
+        determinism=model.determinism if model else DeterminismClass.BEST_EFFORT,
+        options=served.capabilities.options,
+        max_n=served.capabilities.max_n,
+        max_top_logprobs=served.capabilities.max_top_logprobs,
+        max_running=engine.model.num_slots if engine else None,
+        vocabulary_size=model.tokenizer.vocabulary_size if model else None,
+        continuous_batching=engine is not None,
+        default_sampling=Sampling(temperature=DEFAULT_TEMPERATURE) if engine else Sampling(),
+        prefill_tokens_per_second=engine.prefill_tokens_per_second if engine else None,
+        decode_tokens_per_second=engine.decode_tokens_per_second if engine else None,
+    )

@@ -1,0 +1,128 @@
+"""The server's settings: a TOML file, then the environment (``HEADRACE_…``), then flags; the later wins.
+
+``Settings`` is read once and never changes. Nested values have ``__`` in the environment:
+``HEADRACE_BACKENDS__ONNX__THREADS=4``.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from headrace.backends.paths import default_models_dir
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the message names each and says what would be right."""
+
+
+class LogFormat(enum.StrEnum):
+    """How log lines look."""
+
+    AUTO = "auto"
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class LogLevel(enum.StrEnum):
+    """What is logged at least."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _check_address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:  # the largest port
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HEADRACE_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    listen: Address = Field("127.0.0.1:50051", description="Address of the gRPC server; port 0 takes any free one.")
+    metrics_listen: Address | None = Field(
+        "127.0.0.1:9464", description="Address of the Prometheus endpoint /metrics; none: no endpoint."
+    )
+    models_dir: Path = Field(default_factory=default_models_dir, description="Folder of model bundles.")
+    models: tuple[str, ...] | None = Field(None, description="Models to load; none: all that the backends offer.")
+    default_model: str | None = Field(None, description="Model of a request that names none; none: the first loaded.")
+    default_max_new_tokens: int = Field(256, ge=1, description="Output tokens where a request sets no limit.")
+    max_calls: int = Field(4096, ge=1, description="Calls in flight; more are refused at once.")
+    max_queued: int = Field(1024, ge=1, description="Choices of one model that wait for a slot; more are refused.")
+    max_batch_in_flight: int = Field(64, ge=1, description="Prompts of one GenerateBatch stream that run at once.")
+    max_message_bytes: int = Field(4 * 2**20, ge=2**10, description="Size of a gRPC message at most.")
+    tokenizer_threads: int = Field(2, ge=1, description="Threads that tokenize.")
+    shutdown_grace: float = Field(30.0, ge=0, description="Seconds that running calls get to end after SIGTERM.")
+    log_format: LogFormat = Field(LogFormat.AUTO, description="auto: console on a terminal, else json.")
+    log_level: LogLevel = Field(LogLevel.INFO, description="Least level that is logged.")
+    plugins: tuple[str, ...] | None = Field(None, description="Plugins that may be loaded; none: all installed.")
+    backends: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Settings of backends, by name: [backends.onnx] threads = 4."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # the library's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """First wins: flags, environment, file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
+    """Reads the settings. ``flags`` are those the operator gave, by field name. Raises SettingsError."""
+    config = SettingsConfigDict(**{**Settings.model_config, "toml_file": file})
+    settings = type("Settings", (Settings,), {"model_config": config, "__doc__": Settings.__doc__})
+    if file is not None and not file.is_file():
+        raise SettingsError(f"settings file {file}: not found")
+    try:
+        loaded: Settings = settings(**flags)
+    except ValidationError as error:
+        raise SettingsError(describe(error, Settings.model_fields)) from None
+    except ValueError as error:  # TOML syntax, JSON in an environment variable
+        raise SettingsError(f"settings: {error}") from None
+    return loaded
+
+
+def describe(error: ValidationError, accepted: Mapping[str, Any], prefix: str = "") -> str:
+    """One line for each wrong setting: its name, what is wrong, and what is accepted."""
+    lines = []
+    for problem in error.errors():
+        name = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{name}: no such setting; there is {', '.join(accepted)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}: {message}, got {problem['input']!r}")
+    return "\n".join(lines)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach an address."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

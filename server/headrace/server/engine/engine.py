@@ -1,0 +1,471 @@
+"""Continuous batching for a step-wise model: one thread steps it, requests join and leave at any step.
+
+A step is up to two packed runs: the decodes, one token for each running stream; then the chunks of the prompts. They
+are kept apart because a decode that shares a run with a chunk takes another path through attention: apart, what a
+sequence gets does not depend on who runs beside it.
+
+The life of a choice: ``generate`` makes a ``Sequence`` and hands it to the thread; it waits in the ``Scheduler`` for a
+slot; its prompt is run in chunks, the last of which gives the first token; then a token a step, until ``_accept`` finds
+a reason to finish. Events reach the reader through the call's ``EventStream``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import secrets
+import statistics
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import structlog
+from headrace.backends.api import Row, StepModel
+from headrace.backends.errors import BackendError, DeadlineExceeded, HeadraceError, QueueFull, QueueTimeout
+from headrace.backends.types import (
+    Attempt,
+    AttemptOutcome,
+    Call,
+    ChoiceFinish,
+    Delta,
+    Event,
+    Events,
+    ExpiryAction,
+    FinishReason,
+    StreamEnd,
+    TokenLogprob,
+    TopLogprob,
+)
+from headrace.server.engine.pace import Pacer
+from headrace.server.engine.sampler import Sampled, SamplingState, sample
+from headrace.server.engine.scheduler import Chunk, Limits, Scheduler
+from headrace.server.engine.sequence import Sequence
+from headrace.server.engine.stream import EventStream
+from headrace.server.engine.text import StopMatch, TextAssembler
+
+_MAX_PENDING_EVENTS = 64
+"""Events a reader may be behind before its sequences stand still."""
+_IDLE_CHUNK_TOKENS = 256
+"""Prompt tokens of a step in which no stream runs; a cancel waits for one step."""
+
+ENGINE_OPTIONS = frozenset(
+    {
+        "text",
+        "token_ids.ids",
+        "chat.messages.role",
+        "chat.messages.content.text",
+        "chat.messages.name",
+        "chat.messages.reasoning_text",
+        "chat.add_generation_prompt",
+        "chat.template_arguments",
+        "sampling.logit_bias",
+        "sampling.repetition_penalty",
+        "sampling.presence_penalty",
+        "sampling.frequency_penalty",
+        "sampling.temperature",
+        "sampling.top_k",
+        "sampling.top_p",
+        "sampling.min_p",
+        "sampling.typical_p",
+        "stopping.max_new_tokens",
+        "stopping.min_new_tokens",
+        "stopping.stop_sequences",
+        "stopping.stop_token_ids",
+        "stopping.ignore_eos",
+        "stopping.include_stop_sequence",
+        "stopping.time_limit",
+        "n",
+        "response.logprobs",
+        "response.top_logprobs",
+        "response.token_ids",
+        "response.echo",
+        "response.usage_interval",
+        "scheduling.latency_class",
+        "scheduling.priority",
+        "scheduling.queue_timeout",
+        "scheduling.on_expiry",
+        "determinism.seed",
+        # There is nothing to use or to bypass yet, so every choice is honoured.
+        "cache.prefix",
+        "cache.response",
+    }
+)
+"""The request fields that every step-wise model honours, because the engine does."""
+
+DEFAULT_TEMPERATURE = 0.0
+"""Greedy: an unset request gives the same answer every time."""
+
+
+class Engine:
+    """Runs calls on one ``StepModel``, which it owns. ``generate`` is a ``Handler``."""
+
+    def __init__(self, model: StepModel, *, clock: Callable[[], float], max_queued: int) -> None:
+        """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot."""
+        self.model = model
+        self.max_tokens = min(model.card.context_length, model.num_kv_tokens)
+        """Tokens of prompt and output that one choice can have."""
+        self._clock = clock
+        self._max_queued = max_queued
+        self._num_queued = 0
+        self._loop = asyncio.get_running_loop()
+        self._scheduler = Scheduler(
+            Limits(model.num_slots, model.num_kv_tokens, model.max_chunk, model.chunk_alignment)
+        )
+        self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox: list[tuple[EventStream, Event | BaseException]] = []
+        self._num_dequeued = 0
+        """Sequences that left the queue, which the event loop has not been told of."""
+        self._closing = False
+        self._prefill_rates: deque[float] = deque(maxlen=64)
+        self._decode_rates: deque[float] = deque(maxlen=64)
+        self._log = structlog.get_logger("headrace.engine").bind(model=model.card.name)
+        self._thread = threading.Thread(target=self._run, name=f"engine-{model.card.name}", daemon=True)
+        self._thread.start()
+
+    # --- on the event loop
+
+    @property
+    def num_queued(self) -> int:
+        """Choices that wait for a slot."""
+        return self._num_queued
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def kv_utilization(self) -> float:
+        """The share of the cache that is reserved, 0 to 1."""
+        return self._scheduler.num_reserved_tokens / self.model.num_kv_tokens
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Median over recent prompts, waiting for other streams' steps included."""
+        return statistics.median(self._prefill_rates) if self._prefill_rates else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Median over recent choices."""
+        return statistics.median(self._decode_rates) if self._decode_rates else None
+
+    async def generate(self, call: Call) -> Events:
+        """Runs a call that is resolved and tokenized. Raises QueueFull at once if there is no room to wait."""
+        n = call.request.n
+        if self._num_queued + n > self._max_queued:
+            raise QueueFull(
+                f"{self._num_queued} of {self._max_queued} places in the queue are taken", retry_after=self._patience()
+            )
+        attempt = call.meter.begin(self.model.backend)
+        attempt.usage.input_tokens = attempt.usage.output_tokens = 0
+        stream = EventStream(_MAX_PENDING_EVENTS, on_room=self._wake)
+        sequences = [self._new_sequence(call, attempt, stream, choice) for choice in range(n)]
+        self._num_queued += n
+        self._commands.put(lambda: self._add(sequences))
+        try:
+            unfinished = n
+            while unfinished:
+                event = await stream.get()
+                unfinished -= isinstance(event, ChoiceFinish)
+                yield event
+            attempt.outcome = AttemptOutcome.COMPLETED
+            yield StreamEnd()
+        except DeadlineExceeded:
+            attempt.outcome = AttemptOutcome.EXPIRED
+            raise
+        except HeadraceError:
+            attempt.outcome = AttemptOutcome.FAILED
+            raise
+        finally:
+            if attempt.outcome is None:
+                attempt.outcome = AttemptOutcome.CANCELLED
+            self._commands.put(lambda: self._drop(sequences))
+
+    async def finish_all(self) -> None:
+        """Ends every choice with what it has, for the reason SHUTDOWN."""
+        done = asyncio.Event()
+
+        def finish() -> None:
+            for sequence in list(self._scheduler):
+                self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
+            self._loop.call_soon_threadsafe(done.set)
+
+        self._commands.put(finish)
+        await done.wait()
+
+    async def close(self) -> None:
+        """Stops the thread and frees the model. No call is running."""
+        self._closing = True
+        self._wake()
+        await asyncio.to_thread(self._thread.join)
+        self.model.close()
+
+    def _patience(self) -> float:
+        """Seconds until a refused call is worth another try: a tenth of the queue should have gone by then."""
+        rate = self.decode_tokens_per_second
+        if rate is None:
+            return 1.0
+        seconds_per_choice = 100 / rate
+        return min(30.0, max(0.1, self._num_queued / 10 * seconds_per_choice / self.model.num_slots))
+
+    def _wake(self) -> None:
+        self._commands.put(lambda: None)
+
+    def _new_sequence(self, call: Call, attempt: Attempt, stream: EventStream, choice: int) -> Sequence:
+        request, prompt = call.request, call.prompt
+        if prompt is None:
+            raise RuntimeError("a call reached the engine without being tokenized. This is a bug.")
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        response, stopping = request.response, request.stopping
+        return Sequence(
+            call=call,
+            attempt=attempt,
+            choice=choice,
+            seed=seed,
+            tokens=list(prompt.token_ids),
+            num_prompt_tokens=len(prompt.token_ids),
+            max_new_tokens=call.max_new_tokens,
+            stop_token_ids=frozenset(stopping.stop_token_ids),
+            eos_token_ids=frozenset() if stopping.ignore_eos else self.model.tokenizer.eos_token_ids,
+            sampling=SamplingState(
+                request.sampling,
+                default_temperature=DEFAULT_TEMPERATURE,
+                seed=seed,
+                choice=choice,
+                prompt_ids=prompt.token_ids,
+                num_logprobs=response.top_logprobs if response.logprobs else None,
+            ),
+            text=TextAssembler(stopping.stop_sequences, include_stop_sequence=stopping.include_stop_sequence),
+            stream=stream,
+            queue_until=None
+            if request.scheduling.queue_timeout is None
+            else self._clock() + request.scheduling.queue_timeout,
+        )
+
+    def _deliver(self, num_dequeued: int, events: Iterable[tuple[EventStream, Event | BaseException]]) -> None:
+        self._num_queued -= num_dequeued
+        for stream, event in events:
+            stream.put(event)
+
+    # --- on the engine's thread
+
+    def _run(self) -> None:
+        idle = True
+        while not self._closing:
+            try:
+                self._take_commands(wait=idle)
+                self._expire()
+                step = self._scheduler.schedule(self._chunk_budget())
+                for sequence in step.started:
+                    self._start(sequence)
+                if step.decodes:
+                    self._decode(step.decodes)
+                if step.chunks:
+                    self._prefill(step.chunks)
+                idle = not step
+            except Exception as error:  # noqa: BLE001  # the thread must outlive whatever goes wrong
+                self._fail_all(list(self._scheduler), error)
+            self._flush()
+
+    def _take_commands(self, *, wait: bool) -> None:
+        """Runs what the event loop asked for; when there is nothing to step, waits for it or for the next expiry."""
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                self._commands.get(timeout=self._seconds_to_expiry())()
+            while True:
+                self._commands.get_nowait()()
+
+    def _add(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def _drop(self, sequences: list[Sequence]) -> None:
+        """The call is over for its reader: whatever of it is still here goes."""
+        present = set(self._scheduler)
+        for sequence in sequences:
+            if sequence in present:
+                self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        slot = sequence.slot
+        self._scheduler.remove(sequence)
+        if slot is None:
+            self._num_dequeued += 1
+        else:
+            self.model.release(slot)
+
+    def _start(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._num_dequeued += 1
+        meter, usage = sequence.call.meter, sequence.attempt.usage
+        if meter.started is None:
+            meter.started = self._clock()
+            usage.input_tokens = sequence.num_prompt_tokens
+        self.model.reserve(sequence.slot, sequence.num_tokens_reserved)
+
+    def _chunk_budget(self) -> int:
+        decodes = sum(sequence.num_tokens_to_run == 1 for sequence in self._scheduler.running())
+        return self._pacer.chunk_budget(decodes)
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        began = self._clock()
+        self._step([Chunk(sequence, len(sequence.tokens)) for sequence in sequences])
+        self._pacer.saw_decodes(self._clock() - began)
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        began = self._clock()
+        num_tokens = sum(chunk.end - chunk.sequence.num_cached_tokens for chunk in chunks)
+        self._step(chunks)
+        self._pacer.saw_chunks(num_tokens, self._clock() - began)
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        """One run of the model; the sequences whose tokens are all in the cache afterwards get a new one."""
+        rows = []
+        for chunk in chunks:
+            sequence, end = chunk.sequence, chunk.end
+            assert sequence.slot is not None
+            tokens = sequence.tokens[sequence.num_cached_tokens : end]
+            rows.append(
+                Row(sequence.slot, sequence.num_cached_tokens, tokens, wants_logits=end == len(sequence.tokens))
+            )
+        try:
+            logits = self.model.step(rows)
+        except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; it fails its own run alone
+            self._fail_all([chunk.sequence for chunk in chunks], error)
+            return
+        for chunk in chunks:
+            chunk.sequence.num_cached_tokens = chunk.end
+        ready = [chunk.sequence for chunk, row in zip(chunks, rows, strict=True) if row.wants_logits]
+        if ready:
+            forbidden = [_forbidden(sequence) for sequence in ready]
+            sampled = sample(logits, [sequence.sampling for sequence in ready], forbidden)
+            now = self._clock()
+            for sequence, token in zip(ready, sampled, strict=True):
+                self._accept(sequence, token, now)
+
+    def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        """Takes a new token: counts it, shows what may be shown, and finishes the choice if it ends here."""
+        meter, usage, token_id = sequence.call.meter, sequence.attempt.usage, sampled.token_id
+        sequence.tokens.append(token_id)
+        usage.output_tokens = (usage.output_tokens or 0) + 1
+        meter.last_token = now
+        if meter.first_token is None:
+            meter.first_token = now
+        sequence.unsent_ids.append(token_id)
+        if sampled.logprob is not None:
+            sequence.unsent_logprobs.append(self._logprob(sampled, sampled.logprob))
+
+        if sequence.may_stop and token_id in sequence.eos_token_ids:
+            self._finish(sequence, FinishReason.EOS_TOKEN, sequence.text.finish(), stop_token_id=token_id)
+            return
+        if sequence.may_stop and token_id in sequence.stop_token_ids:
+            self._finish(sequence, FinishReason.STOP_TOKEN, sequence.text.finish(), stop_token_id=token_id)
+            return
+        text = sequence.text.push(self.model.tokenizer.token_bytes(token_id), may_stop=sequence.may_stop)
+        if isinstance(text, StopMatch):
+            self._finish(sequence, FinishReason.STOP_SEQUENCE, text.text, stop_sequence=text.stop_sequence)
+        elif sequence.num_output_tokens == sequence.max_new_tokens:
+            self._finish(sequence, FinishReason.MAX_TOKENS, text + sequence.text.finish())
+        else:
+            self._show(sequence, text)
+
+    def _show(self, sequence: Sequence, text: str) -> None:
+        wants_tokens = sequence.call.request.response.token_ids or sequence.unsent_logprobs
+        if text or (wants_tokens and sequence.unsent_ids):
+            delta = Delta(sequence.choice, text, tuple(sequence.unsent_ids), tuple(sequence.unsent_logprobs))
+            sequence.unsent_ids.clear()
+            sequence.unsent_logprobs.clear()
+            self._emit(sequence.stream, delta)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        text: str,
+        *,
+        stop_sequence: str | None = None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        if text or sequence.unsent_ids:
+            delta = Delta(sequence.choice, text, tuple(sequence.unsent_ids), tuple(sequence.unsent_logprobs))
+            self._emit(sequence.stream, delta)
+        finish = ChoiceFinish(sequence.choice, reason, stop_sequence, stop_token_id, sequence.seed)
+        self._emit(sequence.stream, finish)
+        self._note_speed(sequence)
+        self._remove(sequence)
+
+    def _expire(self) -> None:
+        """Ends what has waited or run too long."""
+        now = self._clock()
+        for sequence in list(self._scheduler):
+            stopping, scheduling = sequence.call.request.stopping, sequence.call.request.scheduling
+            deadline = sequence.call.deadline
+            if deadline is not None and deadline <= now:
+                self._fail(sequence, DeadlineExceeded("the call's deadline passed"))
+            elif stopping.time_limit is not None and sequence.call.arrived + stopping.time_limit <= now:
+                if scheduling.on_expiry is ExpiryAction.PARTIAL:
+                    self._finish(sequence, FinishReason.TIME_LIMIT, sequence.text.finish())
+                else:
+                    self._fail(sequence, DeadlineExceeded("stopping.time_limit passed"))
+            elif sequence.slot is None and sequence.queue_until is not None and sequence.queue_until <= now:
+                self._fail(
+                    sequence,
+                    QueueTimeout("scheduling.queue_timeout passed before a start", retry_after=self._patience()),
+                )
+
+    def _seconds_to_expiry(self) -> float | None:
+        times = [sequence.expires_at for sequence in self._scheduler]
+        times += [sequence.queue_until for sequence in self._scheduler.waiting()]
+        next_time = min((time for time in times if time is not None), default=None)
+        return None if next_time is None else max(0.0, next_time - self._clock())
+
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        """Ends a choice, and with it its call, with an error."""
+        self._emit(sequence.stream, error)
+        self._remove(sequence)
+
+    def _fail_all(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        self._log.error("step_failed", exc_info=error)
+        public = error if isinstance(error, BackendError) else BackendError("the model failed")
+        for sequence in sequences:
+            try:
+                self._fail(sequence, public)
+            except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
+                self._log.error("release_failed", exc_info=second)
+
+    def _emit(self, stream: EventStream, event: Event | BaseException) -> None:
+        stream.count_written()
+        self._outbox.append((stream, event))
+
+    def _flush(self) -> None:
+        """Sends the step's events to the event loop, in one go."""
+        if self._outbox or self._num_dequeued:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self._loop.call_soon_threadsafe(self._deliver, self._num_dequeued, self._outbox)
+            self._outbox, self._num_dequeued = [], 0
+
+    def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
+        token_bytes = self.model.tokenizer.token_bytes
+        return TokenLogprob(
+            sampled.token_id,
+            token_bytes(sampled.token_id),
+            logprob,
+            tuple(TopLogprob(token_id, token_bytes(token_id), p) for token_id, p in sampled.top_logprobs),
+        )
+
+    def _note_speed(self, sequence: Sequence) -> None:
+        meter = sequence.call.meter
+        if meter.started is None or meter.first_token is None or meter.last_token is None:
+            return
+        if meter.first_token > meter.started:
+            self._prefill_rates.append(sequence.num_prompt_tokens / (meter.first_token - meter.started))
+        if sequence.num_output_tokens > 1 and meter.last_token > meter.first_token:
+            self._decode_rates.append((sequence.num_output_tokens - 1) / (meter.last_token - meter.first_token))
+
+
+def _forbidden(sequence: Sequence) -> tuple[int, ...]:
+    """Tokens that would end a choice before it may end."""
+    if sequence.num_output_tokens + 1 >= sequence.call.request.stopping.min_new_tokens:
+        return ()
+    return (*sequence.eos_token_ids, *sequence.stop_token_ids)

@@ -1,0 +1,38 @@
+"""How many prompt tokens a step may take on without making the running streams wait too long."""
+
+from __future__ import annotations
+
+_SMOOTHING = 0.2
+_MAX_STRETCH = 1.6
+"""A step with chunks may take this much longer than the decodes alone, beyond their own time: with the smallest chunk's
+overhead the gap between two tokens stays within three times the usual one."""
+
+
+class Pacer:
+    """Learns from the steps that ran: seconds in, tokens out."""
+
+    def __init__(self, *, smallest: int, largest: int) -> None:
+        """Budgets are between ``smallest`` and ``largest`` tokens."""
+        self._smallest = smallest
+        self._largest = largest
+        self._decode_seconds: float | None = None
+        self._seconds_per_token: float | None = None
+
+    def saw_decodes(self, seconds: float) -> None:
+        self._decode_seconds = _smooth(self._decode_seconds, seconds)
+
+    def saw_chunks(self, num_tokens: int, seconds: float) -> None:
+        self._seconds_per_token = _smooth(self._seconds_per_token, seconds / num_tokens)
+
+    def chunk_budget(self, num_decodes: int) -> int:
+        """Prompt tokens for the next step, beside ``num_decodes`` running streams."""
+        if num_decodes == 0:
+            return self._largest
+        if self._decode_seconds is None or self._seconds_per_token is None:
+            return self._smallest
+        tokens = int(_MAX_STRETCH * self._decode_seconds / self._seconds_per_token)
+        return max(self._smallest, min(tokens, self._largest))
+
+
+def _smooth(average: float | None, value: float) -> float:
+    return value if average is None else average + _SMOOTHING * (value - average)

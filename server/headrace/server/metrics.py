@@ -1,0 +1,143 @@
+"""The server's Prometheus metrics.
+
+Named after OpenTelemetry (``gen_ai.*``), gRPC's A66 (``grpc.server.call.*``) and the inference gateway's three gauges.
+Labels come from small sets: methods of our services, gRPC codes, reasons of our error table, and names of models
+that calls were resolved to, never names that callers made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+from wsgiref.simple_server import WSGIServer
+
+from headrace.backends.types import Call
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+# The OpenTelemetry conventions advise these for the gen_ai histograms.
+_DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_RPC_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+_TOKEN_TYPES = {
+    "input": "input_tokens",
+    "cache_read_input": "cache_read_input_tokens",
+    "cache_write_input": "cache_write_input_tokens",
+    "output": "output_tokens",
+    "reasoning_output": "reasoning_output_tokens",
+    "sent_output": "sent_output_tokens",
+    "accepted_draft": "accepted_draft_tokens",
+    "rejected_draft": "rejected_draft_tokens",
+}
+"""Label value to field of Usage. As there, cache_* are parts of input; the others but rejected_draft, of output."""
+
+
+class Metrics:
+    """The metrics of one server, in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def histogram(name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+
+        self._request_duration = histogram(
+            "gen_ai_server_request_duration_seconds",
+            "Time of a generation, from arrival to end. error_type is empty where it succeeded.",
+            ("model", "error_type"),
+            _DURATION_BUCKETS,
+        )
+        self._first_token = histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "Time from arrival until the first output token was sampled.",
+            ("model",),
+            _FIRST_TOKEN_BUCKETS,
+        )
+        self._per_token = histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Time per output token after the first, of one generation.",
+            ("model",),
+            _PER_TOKEN_BUCKETS,
+        )
+        self._tokens = Counter(
+            "gen_ai_usage_tokens",
+            "Tokens used. Not disjoint: input includes cache_*, output includes the others but rejected_draft.",
+            ("model", "type"),
+            registry=registry,
+        )
+        self._rpcs_started = Counter(
+            "grpc_server_call_started", "RPCs that began.", ("grpc_method",), registry=registry
+        )
+        self._rpc_duration = histogram(
+            "grpc_server_call_duration_seconds",
+            "Time of an RPC, from arrival to its status.",
+            ("grpc_method", "grpc_status"),
+            _RPC_BUCKETS,
+        )
+        self._queued = Gauge(
+            "headrace_queued_requests", "Generations that wait for a start.", ("model",), registry=registry
+        )
+        self._running = Gauge("headrace_running_requests", "Generations that run.", ("model",), registry=registry)
+        self._kv_utilization = Gauge(
+            "headrace_kv_cache_utilization", "Used part of the KV cache, 0 to 1.", ("model",), registry=registry
+        )
+
+    def rpc_started(self, method: str) -> None:
+        self._rpcs_started.labels(method).inc()
+
+    def rpc_finished(self, method: str, status: str, seconds: float) -> None:
+        self._rpc_duration.labels(method, status).observe(seconds)
+
+    def generation_finished(self, call: Call, *, seconds: float, error_type: str) -> None:
+        """A generation ended, in whatever way; ``error_type`` is the reason its ErrorInfo gave, empty on success."""
+        # Before a model is resolved there is only the name that the caller gave.
+        model = call.model.card.name if call.model is not None else ""
+        self._request_duration.labels(model, error_type).observe(seconds)
+        meter, usage = call.meter, call.meter.usage()
+        if meter.first_token is not None:
+            self._first_token.labels(model).observe(max(0.0, meter.first_token - call.arrived))
+            if meter.last_token is not None and usage.output_tokens is not None and usage.output_tokens > 1:
+                self._per_token.labels(model).observe(
+                    max(0.0, meter.last_token - meter.first_token) / (usage.output_tokens - 1)
+                )
+        for token_type, name in _TOKEN_TYPES.items():
+            if count := getattr(usage, name):
+                self._tokens.labels(model, token_type).inc(count)
+
+    def observe_engine(
+        self,
+        model: str,
+        *,
+        queued: Callable[[], float],
+        running: Callable[[], float],
+        kv_utilization: Callable[[], float] | None = None,
+    ) -> None:
+        """Sets where the gauges of ``model`` come from. The functions are called at each scrape, from its thread."""
+        self._queued.labels(model).set_function(queued)
+        self._running.labels(model).set_function(running)
+        if kv_utilization is not None:
+            self._kv_utilization.labels(model).set_function(kv_utilization)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsEndpoint:
+    """A running HTTP server that answers every GET with the metrics as text."""
+
+    port: int
+    _server: WSGIServer
+    _thread: Thread
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(metrics: Metrics, *, host: str, port: int) -> MetricsEndpoint:
+    """Starts the endpoint; port 0 takes a free one."""
+    server: Any
+    server, thread = start_http_server(port, addr=host, registry=metrics.registry)
+    return MetricsEndpoint(server.server_port, server, thread)

@@ -1,0 +1,123 @@
+"""The models a server offers: loaded at start, each behind the handler that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import structlog
+from headrace.backends.api import Backend, Capabilities, Model, ModelCard, StepModel, WholeCallModel
+from headrace.backends.errors import BackendUnavailable, ModelNotFound
+from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, Call, Events, Handler
+from headrace.server.engine.engine import ENGINE_OPTIONS, Engine
+
+
+class ModelState(enum.Enum):
+    """Whether a model can serve; the names are those of the proto's ModelState."""
+
+    LOADING = 1
+    READY = 2
+    FAILED = 3
+
+
+_ENGINE_CAPABILITIES = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
+
+
+@dataclass(slots=True)
+class Served:
+    """A model on offer. ``model`` and ``handler`` are there once it is ready; ``engine`` if it is step-wise."""
+
+    card: ModelCard
+    backend: str
+    state: ModelState = ModelState.LOADING
+    capabilities: Capabilities = _ENGINE_CAPABILITIES
+    model: Model | None = None
+    handler: Handler | None = None
+    engine: Engine | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of prompt and output that one choice can have."""
+        return self.engine.max_tokens if self.engine else self.card.context_length
+
+
+class ModelRegistry:
+    """Loads models, finds them by name, and closes them."""
+
+    def __init__(self, *, clock: Callable[[], float], max_queued: int) -> None:
+        self._clock = clock
+        self._max_queued = max_queued
+        self._served: dict[str, Served] = {}
+        self._default: str | None = None
+        self._log = structlog.get_logger("headrace.models")
+
+    def __iter__(self) -> Iterator[Served]:
+        yield from self._served.values()
+
+    @property
+    def default_name(self) -> str | None:
+        return self._default
+
+    async def load(self, offers: Sequence[tuple[Backend, ModelCard]], *, default: str | None) -> None:
+        """Loads models one after the other; one that fails is kept as FAILED and the others go on."""
+        for backend, card in offers:
+            self._served[card.name] = Served(card, backend.name)
+        self._default = default or (offers[0][1].name if offers else None)
+        for backend, card in offers:
+            served = self._served[card.name]
+            began = self._clock()
+            try:
+                self._serve(served, await asyncio.to_thread(backend.load, card.name))
+            except Exception as error:  # noqa: BLE001  # a plugin may raise anything
+                served.state = ModelState.FAILED
+                self._log.error("model_failed", model=card.name, backend=backend.name, exc_info=error)
+            else:
+                seconds = round(self._clock() - began, 2)
+                self._log.info("model_loaded", model=card.name, backend=backend.name, seconds=seconds)
+
+    def find(self, name: str | None) -> Served:
+        """The model of that name, ready to serve; the default for ``None``."""
+        served = self._served.get(name or self._default or "")
+        if served is None:
+            raise ModelNotFound(name or "", tuple(self._served))
+        if served.state is ModelState.LOADING:
+            raise BackendUnavailable(f"model {served.card.name!r} is being loaded; try again in a moment")
+        if served.state is ModelState.FAILED:
+            raise BackendUnavailable(f"model {served.card.name!r} could not be loaded")
+        return served
+
+    async def run(self, call: Call) -> Events:
+        """The innermost handler: the engine for a step-wise model, the model itself for a whole-call one."""
+        assert call.model is not None
+        handler = self.find(call.model.card.name).handler
+        assert handler is not None
+        async with aclosing(handler(call)) as events:
+            async for event in events:
+                yield event
+
+    async def finish_all(self) -> None:
+        """Ends what the engines run, with what there is."""
+        await asyncio.gather(*(served.engine.finish_all() for served in self if served.engine))
+
+    async def close(self) -> None:
+        """Frees every model. No call is running."""
+        for served in self:
+            if served.engine:
+                await served.engine.close()
+            elif served.model:
+                await asyncio.to_thread(served.model.close)
+        self._served.clear()
+
+    def _serve(self, served: Served, model: StepModel | WholeCallModel) -> None:
+        served.card = model.card
+        served.model = model
+        if isinstance(model, WholeCallModel):
+            served.capabilities = model.capabilities
+            served.handler = model.generate
+        else:
+            served.engine = Engine(model, clock=self._clock, max_queued=self._max_queued)
+            served.handler = served.engine.generate
+        served.state = ModelState.READY

@@ -1,0 +1,67 @@
+"""What the gRPC layer needs of the application behind it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from headrace.backends.api import DeterminismClass, ModelCard
+from headrace.backends.types import Handler, Principal, Sampling
+
+T = TypeVar("T")
+
+
+class ModelState(enum.Enum):
+    """Whether a model can serve; the names are those of the proto's ModelState."""
+
+    LOADING = 1
+    READY = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model that the server offers, as ModelService describes it."""
+
+    card: ModelCard
+    backend: str
+    state: ModelState
+    is_default: bool
+    determinism: DeterminismClass
+    options: frozenset[str]
+    """Paths of the GenerationSpec fields that may be set, such as ``"sampling.top_k"``."""
+    max_n: int
+    max_top_logprobs: int
+    continuous_batching: bool
+    """Whether the engine batches its requests step by step; otherwise each is handed over whole."""
+    max_running: int | None = None
+    vocabulary_size: int | None = None
+    default_sampling: Sampling = field(default_factory=Sampling)
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+
+
+class Application(Protocol):
+    """Everything behind the gRPC layer."""
+
+    @property
+    def generate(self) -> Handler:
+        """The whole chain of middleware, down to the backend."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether new calls are refused because the server is about to stop."""
+
+    def front(self, inner: Handler, *, resolve: bool = True) -> Handler:
+        """The part of the chain that calls other than generations share, around ``inner``: ceilings, authentication
+        and, if ``resolve``, the model. Calls about models in general come without ``resolve``: they must not fail because
+        the default model has.
+        """
+
+    def list_models(self, principal: Principal) -> Sequence[ServedModel]:
+        """The models that ``principal`` may use."""
+
+    async def run_blocking(self, function: Callable[..., T], *args: object) -> T:
+        """Runs ``function`` in a bounded pool of threads."""

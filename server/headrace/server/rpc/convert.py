@@ -1,0 +1,211 @@
+"""Requests: from protobuf messages to the domain.
+
+Checks what the domain types cannot see: what is required, what is too large, what is no value at all. Errors name the
+field by its path from GenerationSpec.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf import duration_pb2, struct_pb2
+from google.protobuf.message import Message
+from headrace.backends import types
+from headrace.backends.errors import InvalidArgument
+from headrace.server.rpc.options import set_fields
+from headrace.v1 import generation_pb2 as pb
+
+MAX_REQUEST_ID = 128
+MAX_TOOLS = 128
+MAX_TOOL_NAME = 64
+MAX_STRUCT_BYTES = 16 * 1024
+"""Of ``chat.template_arguments``, and of one backend's ``extensions``."""
+
+_NOT_OPTIONS = ("request_id", "model")
+"""What every model accepts."""
+
+_ROLES = {
+    pb.ROLE_SYSTEM: types.Role.SYSTEM,
+    pb.ROLE_USER: types.Role.USER,
+    pb.ROLE_ASSISTANT: types.Role.ASSISTANT,
+    pb.ROLE_TOOL: types.Role.TOOL,
+}
+# Numbers that the proto does not have are refused by `set_fields`; UNSPECIFIED is the default.
+_LATENCY_CLASSES = {
+    pb.LATENCY_CLASS_VOICE: types.LatencyClass.VOICE,
+    pb.LATENCY_CLASS_CHAT: types.LatencyClass.CHAT,
+    pb.LATENCY_CLASS_BATCH: types.LatencyClass.BATCH,
+}
+_EXPIRY_ACTIONS = {
+    pb.EXPIRY_ACTION_PARTIAL: types.ExpiryAction.PARTIAL,
+    pb.EXPIRY_ACTION_ERROR: types.ExpiryAction.ERROR,
+}
+
+
+def request_id_of(spec: pb.GenerationSpec) -> str | None:
+    """The caller's label, or ``None``."""
+    if not spec.HasField("request_id"):
+        return None
+    label = spec.request_id
+    if not 1 <= len(label) <= MAX_REQUEST_ID or not label.isascii() or not label.isprintable():
+        raise InvalidArgument("request_id", f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters")
+    return label
+
+
+def to_request(
+    wrapper: pb.GenerateRequest | pb.GenerateStreamRequest | pb.GenerateBatchRequest,
+    *,
+    default_latency_class: types.LatencyClass = types.LatencyClass.CHAT,
+) -> types.GenerateRequest:
+    """What the message of a generation RPC asks for. Fields beside its ``spec`` and ``index`` are options too."""
+    spec = wrapper.spec
+    options = set_fields(spec, exclude=_NOT_OPTIONS) | set_fields(wrapper, exclude=("spec", "index"))
+    return types.GenerateRequest(
+        input=to_input(spec),
+        model=spec.model if spec.HasField("model") else None,
+        sampling=_sampling(spec.sampling),
+        stopping=_stopping(spec.stopping),
+        response=types.ResponseOptions(
+            **_given(spec.response, "logprobs", "top_logprobs", "token_ids", "echo", "usage_interval")
+        ),
+        scheduling=_scheduling(spec.scheduling, default_latency_class),
+        seed=spec.determinism.seed if spec.determinism.HasField("seed") else None,
+        extensions={name: _struct(f"extensions[{name!r}]", value) for name, value in spec.extensions.items()},
+        options=options,
+        **_given(spec, "n"),
+    )
+
+
+def to_input(message: Any) -> types.Input:
+    """The ``input`` oneof of a GenerationSpec, or of another message with some of its members."""
+    match message.WhichOneof("input"):
+        case "text":
+            if not message.text:
+                raise InvalidArgument("text", "must not be empty")
+            return types.TextInput(message.text)
+        case "token_ids":
+            if not message.token_ids.ids:
+                raise InvalidArgument("token_ids.ids", "must have at least one token id")
+            return types.TokenIdsInput(tuple(message.token_ids.ids))
+        case "chat":
+            return _chat(message.chat)
+        case "infill":
+            return types.InfillInput(message.infill.prefix, message.infill.suffix)
+        case None:
+            members = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)
+            raise InvalidArgument("input", f"must be set to one of {members}")
+        case other:
+            raise AssertionError(f"input {other!r} has no conversion. This is a bug")
+
+
+def _sampling(options: pb.SamplingOptions) -> types.Sampling:
+    return types.Sampling(
+        logit_bias=dict(options.logit_bias),
+        **_given(
+            options,
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+    )
+
+
+def _stopping(options: pb.StoppingOptions) -> types.Stopping:
+    return types.Stopping(
+        stop_sequences=tuple(options.stop_sequences),
+        stop_token_ids=tuple(options.stop_token_ids),
+        time_limit=_seconds("stopping.time_limit", options, "time_limit"),
+        **_given(options, "max_new_tokens", "min_new_tokens", "ignore_eos", "include_stop_sequence"),
+    )
+
+
+def _scheduling(options: pb.SchedulingOptions, default_latency_class: types.LatencyClass) -> types.Scheduling:
+    return types.Scheduling(
+        latency_class=_LATENCY_CLASSES.get(options.latency_class, default_latency_class),
+        queue_timeout=_seconds("scheduling.queue_timeout", options, "queue_timeout"),
+        on_expiry=_EXPIRY_ACTIONS.get(options.on_expiry, types.ExpiryAction.PARTIAL),
+        **_given(options, "priority"),
+    )
+
+
+def _chat(chat: pb.ChatInput) -> types.ChatInput:
+    if len(chat.tools) > MAX_TOOLS:
+        raise InvalidArgument("chat.tools", f"must have at most {MAX_TOOLS} entries, got {len(chat.tools)}")
+    return types.ChatInput(
+        messages=tuple(_chat_message(f"chat.messages[{i}]", message) for i, message in enumerate(chat.messages)),
+        tools=tuple(_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)),
+        template_arguments=_struct("chat.template_arguments", chat.template_arguments),
+        **_given(chat, "add_generation_prompt"),
+    )
+
+
+def _chat_message(path: str, message: pb.ChatMessage) -> types.ChatMessage:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise InvalidArgument(f"{path}.role", "must be set")
+    if not message.content and not message.tool_calls:
+        raise InvalidArgument(f"{path}.content", "must have at least one part")
+    for i, part in enumerate(message.content):
+        if part.WhichOneof("part") is None:
+            raise InvalidArgument(f"{path}.content[{i}]", "must be set to one of text")
+    return types.ChatMessage(
+        role=role,
+        text="".join(part.text for part in message.content),
+        tool_calls=tuple(types.ToolCall(call.id, call.name, call.arguments_json) for call in message.tool_calls),
+        **_given(message, "name", "tool_call_id", "reasoning_text"),
+    )
+
+
+def _tool(path: str, tool: pb.ToolDefinition) -> types.ToolDefinition:
+    if not re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_TOOL_NAME}}}", tool.name):
+        raise InvalidArgument(f"{path}.name", f"must be 1 to {MAX_TOOL_NAME} letters, digits, '_' or '-'")
+    return types.ToolDefinition(name=tool.name, **_given(tool, "description", "parameters_json_schema"))
+
+
+def _given(message: Message, *names: str) -> dict[str, Any]:
+    """The optional fields that are set; the domain's defaults hold for the others. Both use the same names."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _seconds(path: str, message: Message, name: str) -> float | None:
+    if not message.HasField(name):
+        return None
+    duration: duration_pb2.Duration = getattr(message, name)
+    if duration.seconds < 0 or duration.nanos < 0:
+        raise InvalidArgument(path, f"must not be negative, got {duration.seconds + duration.nanos / 1e9:g} s")
+    if duration.nanos > 999_999_999:
+        raise InvalidArgument(path, f"nanos must be at most 999999999, got {duration.nanos}")
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _struct(path: str, struct: struct_pb2.Struct) -> dict[str, Any]:
+    """Protobuf bounds the nesting when it parses."""
+    if (size := struct.ByteSize()) > MAX_STRUCT_BYTES:
+        raise InvalidArgument(path, f"must have at most {MAX_STRUCT_BYTES} bytes, got {size}")
+    return {name: _plain(value) for name, value in struct.fields.items()}
+
+
+def _plain(value: struct_pb2.Value) -> Any:
+    match value.WhichOneof("kind"):
+        case "number_value":
+            number = value.number_value
+            # JSON has one kind of number; a template that prints 3 should not print 3.0.
+            return int(number) if number.is_integer() and abs(number) < 2**53 else number
+        case "struct_value":
+            return {name: _plain(member) for name, member in value.struct_value.fields.items()}
+        case "list_value":
+            entries: Iterable[struct_pb2.Value] = value.list_value.values
+            return [_plain(entry) for entry in entries]
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case _:
+            return None

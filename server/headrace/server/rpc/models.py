@@ -1,0 +1,97 @@
+"""ModelService."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.backends.errors import ModelNotFound
+from headrace.backends.types import Call, Sampling
+from headrace.server.rpc.application import Application, ServedModel
+from headrace.server.rpc.calls import NO_REQUEST, Rpc, parse, run_in_front
+from headrace.v1 import generation_pb2, models_pb2
+
+_SAMPLING_FIELDS = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Describes the models that the caller may use."""
+
+    application: Application
+
+    async def list_models(self, rpc: Rpc, raw: bytes) -> models_pb2.ListModelsResponse:
+        """ListModels."""
+        parse(models_pb2.ListModelsRequest, raw)
+        return models_pb2.ListModelsResponse(models=map(model_message, await self._models(rpc)))
+
+    async def get_model(self, rpc: Rpc, raw: bytes) -> models_pb2.GetModelResponse:
+        """GetModel."""
+        message = parse(models_pb2.GetModelRequest, raw)
+        models = await self._models(rpc)
+        if message.HasField("name"):
+            found = next((model for model in models if model.card.name == message.name), None)
+        else:
+            found = next((model for model in models if model.is_default), None)
+        if found is None:
+            raise ModelNotFound(message.name, tuple(model.card.name for model in models))
+        return models_pb2.GetModelResponse(model=model_message(found))
+
+    async def _models(self, rpc: Rpc) -> Sequence[ServedModel]:
+        async def work(call: Call) -> Sequence[ServedModel]:
+            return self.application.list_models(call.principal)
+
+        models = await run_in_front(self.application, rpc.begin(NO_REQUEST), work, resolve=False)
+        return sorted(models, key=lambda model: model.card.name)
+
+
+def model_message(model: ServedModel) -> models_pb2.Model:
+    """``None`` ("not known") stays unset."""
+    card = model.card
+    message = models_pb2.Model(
+        name=card.name,
+        is_default=model.is_default,
+        backend=model.backend,
+        state=f"MODEL_STATE_{model.state.name}",
+        digest=card.digest,
+        architecture=card.architecture,
+        quantization=card.quantization,
+        parameter_count=card.parameter_count,
+        license=card.license,
+        capabilities=models_pb2.ModelCapabilities(
+            options=sorted(model.options),
+            determinism_class=f"DETERMINISM_CLASS_{model.determinism.name}",
+            continuous_batching=model.continuous_batching,
+        ),
+        limits=models_pb2.ModelLimits(
+            context_length=card.context_length,
+            vocabulary_size=model.vocabulary_size,
+            max_n=model.max_n,
+            max_top_logprobs=model.max_top_logprobs,
+            max_running=model.max_running,
+        ),
+        default_sampling=_sampling_message(model.default_sampling),
+    )
+    if model.prefill_tokens_per_second is not None or model.decode_tokens_per_second is not None:
+        message.measured_speed.CopyFrom(
+            models_pb2.MeasuredSpeed(
+                prefill_tokens_per_second=model.prefill_tokens_per_second,
+                decode_tokens_per_second=model.decode_tokens_per_second,
+            )
+        )
+    return message
+
+
+def _sampling_message(sampling: Sampling) -> generation_pb2.SamplingOptions:
+    return generation_pb2.SamplingOptions(
+        logit_bias=sampling.logit_bias, **{name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
+    )

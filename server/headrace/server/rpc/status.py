@@ -1,0 +1,152 @@
+"""Every error a call can end with, as a gRPC status: the one table.
+
+Each status carries an ErrorInfo (domain "headrace", a reason per class), a RequestInfo with the request id, and what
+its class adds. Texts are clipped: details above 8 KB of metadata break clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from headrace.backends import errors
+from headrace.v1 import generation_pb2 as pb
+
+DOMAIN = "headrace"
+MAX_MESSAGE_BYTES = 512
+MAX_NAME_BYTES = 256
+"""Of a field's path, a model's or a backend's name."""
+
+INTERNAL_MESSAGE = "internal error"
+"""All that a caller learns of an exception that is not of this project."""
+
+logger = structlog.get_logger(__name__)
+
+Metadatum = tuple[str, str | bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a call fails."""
+
+    code: grpc.StatusCode
+    reason: str
+    """As ErrorInfo has it; of a small set, so that metrics can have it as a label."""
+    status: status_pb2.Status
+    retry_after: float | None
+
+    def trailers(self) -> tuple[Metadatum, ...]:
+        """The trailing metadata that says more than code and message."""
+        details: tuple[Metadatum, ...] = tuple(rpc_status.to_status(self.status).trailing_metadata)
+        if self.retry_after is None:
+            return details
+        return (*details, ("grpc-retry-pushback-ms", str(round(self.retry_after * 1000))))
+
+    def error_message(self) -> pb.Error:
+        """For a stream that goes on."""
+        return pb.Error(code=self.status.code, message=self.status.message, details=self.status.details)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    code: grpc.StatusCode
+    reason: str
+    details: Callable[[Any, str], list[Message]] = lambda _error, _prefix: []
+    """Takes the error and the prefix of its field."""
+    metadata: Callable[[Any], dict[str, str]] = lambda _error: {}
+    """Of the ErrorInfo."""
+
+
+def _bad_request(error: errors.InvalidArgument, prefix: str) -> list[Message]:
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=_clip(prefix + error.field, MAX_NAME_BYTES), description=_clip(error.problem, MAX_MESSAGE_BYTES)
+    )
+    return [error_details_pb2.BadRequest(field_violations=[violation])]
+
+
+def _unsupported(error: errors.UnsupportedOption) -> dict[str, str]:
+    names = {"field": error.field, "model": error.model, "backend": error.backend}
+    return {key: _clip(name, MAX_NAME_BYTES) for key, name in names.items()}
+
+
+def _resource(error: errors.ModelNotFound, _prefix: str) -> list[Message]:
+    return [
+        error_details_pb2.ResourceInfo(
+            resource_type="headrace.v1.Model", resource_name=_clip(error.model, MAX_NAME_BYTES)
+        )
+    ]
+
+
+def _retry(error: errors.Overloaded | errors.Draining, _prefix: str) -> list[Message]:
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(round(error.retry_after * 1000))
+    return [error_details_pb2.RetryInfo(retry_delay=delay)]
+
+
+_CODE = grpc.StatusCode
+TABLE: Mapping[type[errors.HeadraceError], _Row] = {
+    errors.InvalidArgument: _Row(_CODE.INVALID_ARGUMENT, "INVALID_ARGUMENT", details=_bad_request),
+    errors.UnsupportedOption: _Row(_CODE.UNIMPLEMENTED, "OPTION_UNSUPPORTED", metadata=_unsupported),
+    errors.ModelNotFound: _Row(_CODE.NOT_FOUND, "MODEL_NOT_FOUND", details=_resource),
+    errors.Unauthenticated: _Row(_CODE.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.Overloaded: _Row(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED", details=_retry),
+    errors.QueueFull: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", details=_retry),
+    errors.QueueTimeout: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_TIMEOUT", details=_retry),
+    errors.Draining: _Row(_CODE.UNAVAILABLE, "DRAINING", details=_retry),
+    errors.DeadlineExceeded: _Row(_CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    errors.BackendError: _Row(_CODE.INTERNAL, "BACKEND_ERROR"),
+    errors.BackendUnavailable: _Row(_CODE.UNAVAILABLE, "BACKEND_UNAVAILABLE"),
+}
+"""A subclass that is not in it, such as a plugin's own, counts as its nearest base."""
+
+_INTERNAL = _Row(_CODE.INTERNAL, "INTERNAL")
+
+
+def failure_of(error: Exception, *, request_id: str, field_prefix: str = "") -> Failure:
+    """``field_prefix`` goes before the field of an InvalidArgument: "spec." where the message has the spec in a field.
+
+    An exception that is not in the table is logged here, and says nothing of itself to the caller.
+    """
+    row = _row_of(error)
+    if row is None or not isinstance(error, errors.HeadraceError):
+        logger.error("a call failed for a reason of our own", exc_info=error)
+        row, message = _INTERNAL, INTERNAL_MESSAGE
+    else:
+        message = error.message
+        if isinstance(error, errors.BackendError):
+            logger.warning("a backend failed", exc_info=error)
+    details = [
+        error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=row.metadata(error)),
+        error_details_pb2.RequestInfo(request_id=request_id),
+        *row.details(error, field_prefix),
+    ]
+    status = status_pb2.Status(code=row.code.value[0], message=_clip(message, MAX_MESSAGE_BYTES))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return Failure(row.code, row.reason, status, getattr(error, "retry_after", None))
+
+
+def reason_of(error: Exception) -> str:
+    """The reason that ErrorInfo would give."""
+    return (_row_of(error) or _INTERNAL).reason
+
+
+def _row_of(error: Exception) -> _Row | None:
+    return next((TABLE[cls] for cls in type(error).__mro__ if cls in TABLE), None)
+
+
+def _clip(text: str, most: int) -> str:
+    """``text`` within ``most`` bytes of UTF-8."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= most:
+        return encoded.decode()
+    return encoded[: most - len("…".encode())].decode(errors="ignore") + "…"
