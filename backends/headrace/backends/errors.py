@@ -8,6 +8,7 @@
     ├── Overloaded               no room now; worth another try
     │   ├── QueueFull            the queue is at its limit
     │   └── QueueTimeout         it waited as long as it was allowed to
+    ├── Loading                  the model is not ready yet
     ├── Draining                 the server is stopping
     ├── DeadlineExceeded         the caller's deadline or time limit passed
     └── BackendError             the backend failed
@@ -76,6 +77,14 @@ class QueueFull(Overloaded):
 
 class QueueTimeout(Overloaded):
     """It waited as long as it was allowed to."""
+
+
+class Loading(HeadraceError):
+    """The model is not ready yet. ``retry_after`` is in seconds."""
+
+    def __init__(self, model: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(f"model {model!r} is being loaded; try again in a moment")
+        self.retry_after = retry_after
 
 
 class Draining(HeadraceError):

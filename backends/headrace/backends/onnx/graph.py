@@ -115,13 +115,17 @@ class _Decoder:
         config, graph = self._config, self._graph
         qkv = self._linear(x, f"{layer}.qkv", [f"{layer}.q", f"{layer}.k", f"{layer}.v"])
         padded = graph.node("Gather", [qkv, "pad_index"], f"{layer}.padded", axis=0)
+        cos = self._weight("rope_cos", lambda: self._rope(np.cos))
+        sin = self._weight("rope_sin", lambda: self._rope(np.sin))
+        unused = [""] * 7
         attended = graph.node(
             "GroupQueryAttention",
-            # fmt: off
-            [padded, "", "", f"past_k.{layer}", f"past_v.{layer}", "seqlens_k", "total_len",
-             self._weight("rope_cos", lambda: self._rope(np.cos)), self._weight("rope_sin", lambda: self._rope(np.sin)),
-             "", "", "", "", "", "", "", "query_seqlens"],
-            # fmt: on
+            [
+                *(padded, "", ""),  # queries, keys and values in one
+                *(f"past_k.{layer}", f"past_v.{layer}", "seqlens_k", "total_len", cos, sin),
+                *unused,
+                "query_seqlens",
+            ],
             f"{layer}.attended",
             f"present_k.{layer}",
             f"present_v.{layer}",

@@ -11,9 +11,7 @@ ZERO_POINT = 128
 _ROWS_AT_ONCE = 4096  # bounds the temporary arrays
 
 
-def quantize_blocks(
-    weight: NDArray[np.float32], block_size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Quantises ``weight`` [N, K] in blocks of ``block_size`` along K, the last one padded with zeros.
 
     Returns the values [N, ceil(K / block_size), block_size] and the scales [N, ceil(K / block_size)]: a weight is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -27,7 +27,7 @@ class WeightFile:
         self._file = path.open("wb")
         self._stored: dict[str, TensorProto] = {}
 
-    def __enter__(self) -> WeightFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
@@ -184,6 +185,7 @@ class _Responses(Generic[T]):
     """A call whose responses are iterated. Closing it early cancels the call."""
 
     def __init__(self, call: Any, read: Callable[[Any], T | None], check_end: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._call = call
         self._messages = aiter(call)
         self._read = read
@@ -228,6 +230,9 @@ class _Responses(Generic[T]):
 
     def __del__(self) -> None:
         if not self._done:
+            # Garbage is collected in any thread, and even after the loop.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._call.cancel)
             warnings.warn(responses.LEAK, ResourceWarning, stacklevel=2, source=self)
 
 

@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # has no type information
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from headrace.client import convert
 from headrace.client.types import Usage
@@ -35,6 +35,9 @@ from headrace.v1 import generation_pb2, usage_pb2
 
 REQUEST_ID_TRAILER: Final = "x-request-id"
 USAGE_TRAILER: Final = "headrace-usage-bin"
+
+_SPEC: Final = "spec."
+"""Where requests have the GenerationSpec. Callers set its fields as options and never see it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,18 +199,22 @@ def _error(
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
     info = error_details_pb2.ErrorInfo()
+    request = error_details_pb2.RequestInfo()
     retry_after = None
     for detail in details:
         detail.Unpack(bad_request)
         detail.Unpack(info)
+        detail.Unpack(request)
         if detail.Unpack(retry):
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
     return ERROR_BY_CODE.get(code, ServerError)(
         code,
         message,
-        request_id=request_id,
+        request_id=request_id or request.request_id or None,
         retry_after=retry_after,
-        violations=tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations),
+        violations=tuple(
+            FieldViolation(v.field.removeprefix(_SPEC), v.description) for v in bad_request.field_violations
+        ),
         reason=info.reason or None,
         metadata=info.metadata,
         usage=usage,

@@ -10,7 +10,7 @@ from headrace.server.registry import ModelRegistry, Served
 
 
 def resolve(inner: Handler, *, registry: ModelRegistry) -> Handler:
-    """Sets ``call.model``. Raises ModelNotFound, BackendUnavailable while it loads, UnsupportedOption, or
+    """Sets ``call.model``. Raises ModelNotFound, Loading, BackendUnavailable if it could not be loaded, UnsupportedOption, or
     InvalidArgument for what exceeds the model's limits.
     """
 

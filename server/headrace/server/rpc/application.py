@@ -56,8 +56,8 @@ class Application(Protocol):
 
     def front(self, inner: Handler, *, resolve: bool = True) -> Handler:
         """The part of the chain that calls other than generations share, around ``inner``: ceilings, authentication
-        and, if ``resolve``, the model. Calls about models in general come without ``resolve``: they must not fail because
-        the default model has.
+        and, if ``resolve``, the model. Calls about models in general come without ``resolve``: they must not fail
+        because the default model has.
         """
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:

@@ -138,7 +138,7 @@ class Calls:
         self, service: ServiceDescriptor, behaviours: Mapping[str, Behaviour]
     ) -> grpc.GenericRpcHandler:
         """Makes the methods of a service; there must be a behaviour for each."""
-        if behaviours.keys() != service.methods_by_name.keys():
+        if behaviours.keys() != set(service.methods_by_name):
             raise RuntimeError(f"the behaviours of {service.full_name} are not its methods. This is a bug")
         handlers: dict[str, grpc.RpcMethodHandler[bytes, Message]] = {}
         for method in service.methods:

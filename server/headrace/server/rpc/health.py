@@ -28,7 +28,7 @@ class Health(health_pb2_grpc.HealthServicer):
     """The state of each name that can be asked for: "" for the server, services, models (``model_service``)."""
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._statuses: dict[str, health_pb2.HealthCheckResponse.ServingStatus]
+        self._statuses: dict[str, int]
         self._statuses = dict.fromkeys(("", *services), _NOT_SERVING)
         self._changed = asyncio.Event()
         self._stopped = False

@@ -48,6 +48,11 @@ class RunningServer:
     _server: grpc.aio.Server
     _calls: Calls
 
+    def set_serving(self, serving: bool) -> None:
+        """Sets the health of the server and its services, not that of models."""
+        for service in ("", *SERVICES):
+            self.health.set_serving(service, serving)
+
     async def stop(self, grace: float, on_grace_over: Callable[[], Awaitable[None]] | None = None) -> None:
         """Stops in order: tells health watchers, sends clients elsewhere (GOAWAY; a call that still comes gets
         UNAVAILABLE), waits up to ``grace`` seconds for running calls, calls ``on_grace_over`` if some are left, so that
@@ -79,11 +84,12 @@ async def start_server(
     max_batch_in_flight: int = DEFAULT_MAX_BATCH_IN_FLIGHT,
     credentials: grpc.ServerCredentials | None = None,
     reuse_port: bool = False,
+    serving: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> RunningServer:
     """Starts serving at ``address``, such as ``"127.0.0.1:0"``, where port 0 takes a free one.
 
-    ``reuse_port`` lets several processes share the port. ``clock`` is the clock of ``Call.arrived``; the engine uses
+    ``reuse_port`` lets several processes share the port. ``serving`` is what health checks hear at first. ``clock`` is the clock of ``Call.arrived``; the engine uses
     the same. Raises OSError if the address cannot be had.
     """
     server = grpc.aio.server(
@@ -109,9 +115,9 @@ async def start_server(
         await server.stop(None)
         raise OSError(f"cannot listen on {address}: is it in use, or not an address of this machine?") from error
     await server.start()
-    for service in ("", *SERVICES):
-        health.set_serving(service, True)
-    return RunningServer(port, health, server, calls)
+    running = RunningServer(port, health, server, calls)
+    running.set_serving(serving)
+    return running
 
 
 def _add_services(

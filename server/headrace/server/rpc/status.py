@@ -84,7 +84,7 @@ def _resource(error: errors.ModelNotFound, _prefix: str) -> list[Message]:
     ]
 
 
-def _retry(error: errors.Overloaded | errors.Draining, _prefix: str) -> list[Message]:
+def _retry(error: errors.Overloaded | errors.Loading | errors.Draining, _prefix: str) -> list[Message]:
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(round(error.retry_after * 1000))
     return [error_details_pb2.RetryInfo(retry_delay=delay)]
@@ -99,6 +99,7 @@ TABLE: Mapping[type[errors.HeadraceError], _Row] = {
     errors.Overloaded: _Row(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED", details=_retry),
     errors.QueueFull: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", details=_retry),
     errors.QueueTimeout: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_TIMEOUT", details=_retry),
+    errors.Loading: _Row(_CODE.UNAVAILABLE, "MODEL_LOADING", details=_retry),
     errors.Draining: _Row(_CODE.UNAVAILABLE, "DRAINING", details=_retry),
     errors.DeadlineExceeded: _Row(_CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.BackendError: _Row(_CODE.INTERNAL, "BACKEND_ERROR"),

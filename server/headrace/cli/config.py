@@ -1,0 +1,41 @@
+"""``headrace config``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from headrace.cli.errors import CliError
+from headrace.cli.serve import load
+from headrace.cli.settings_options import settings_options
+from headrace.server.app import App
+from headrace.server.config import SettingsError
+from headrace.server.plugins import PluginError
+
+
+@click.command(short_help="Show and check the server's configuration.")
+@settings_options
+def config(config_file: Path | None, flags: dict[str, Any]) -> None:
+    """Check the server's settings and show what they come to, as TOML.
+
+    Takes the same flags as `headrace serve`, so it shows what that would run with. Secrets are masked.
+    """
+    settings = load(config_file, flags)
+    try:
+        App(settings)
+    except (SettingsError, PluginError) as error:
+        raise CliError(str(error)) from None
+    values = settings.model_dump(mode="json")
+    backends = values.pop("backends")
+    for name, value in values.items():
+        if value is None:
+            click.echo(f"# {name} is not set")
+        else:
+            click.echo(f"{name} = {json.dumps(value)}")
+    for backend, options in backends.items():
+        click.echo(f"\n[backends.{backend}]")
+        for name, value in options.items():
+            click.echo(f"{name} = {json.dumps(value)}")

@@ -1,0 +1,126 @@
+"""``headrace generate``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from headrace.cli.connection import Connection, connect, connection_options
+from headrace.cli.generation_options import generation_options, spec_of
+from headrace.cli.output import event_fields, summary, write_json, write_note, write_text
+from headrace.cli.prompt import read_prompt
+from headrace.client import Completion, Finish, Message, PromptEcho, Stream, TextDelta
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--chat/--raw", default=True, help="Use the model's chat template, or continue the text.  [default: chat]"
+)
+@click.option("--system", metavar="TEXT", help="Instructions that frame the conversation.")
+@click.option("--stream/--no-stream", default=True, help="Write text as it is made.  [default: stream]")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON: a line for each event; one object with --no-stream.")
+@click.option("--n", type=int, metavar="N", help="Answers to give.")
+@click.option("--logprobs", is_flag=True, default=None, help="With --json: log-probabilities.")
+@click.option("--top-logprobs", type=int, metavar="K", help="With --json: the K likeliest tokens in each place.")
+@click.option("--token-ids", is_flag=True, default=None, help="With --json: token ids.")
+@click.option("--echo", is_flag=True, default=None, help="Write the prompt as the model saw it, too.")
+@generation_options
+@connection_options
+def generate(
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    stream: bool,
+    as_json: bool,
+    connection: Connection,
+    options: Mapping[str, Any],
+    **shape: Any,
+) -> None:
+    """Generate text from PROMPT, or from standard input where PROMPT is "-" or left out.
+
+    \b
+    headrace generate "Why is the sky blue?"
+    headrace generate --raw -n 20 "Once upon a time"
+    git diff | headrace generate --system "Summarise this change in one line."
+    """  # noqa: D301  # click's mark for lines that stay as they are
+    if system is not None and not chat:
+        raise click.UsageError("--system needs the chat template: leave out --raw")
+    invisible = [flag for flag in ("logprobs", "top_logprobs", "token_ids") if shape[flag] is not None]
+    if invisible and not as_json:
+        raise click.UsageError(f"--{invisible[0].replace('_', '-')} needs --json")
+    text = read_prompt(prompt)
+    system_turn = [Message("system", system)] if system is not None else []
+    spec = spec_of([*system_turn, Message("user", text)] if chat else text, {**shape, **options})
+
+    with connect(connection) as client:
+        if not stream:
+            completion = client.generate(spec=spec, timeout=connection.timeout)
+            _write_completion(completion, as_json=as_json)
+            return
+        with client.stream(spec=spec, timeout=connection.timeout) as events:
+            if as_json:
+                for event in events:
+                    write_json(event_fields(events.sequence, event))
+            else:
+                _write_stream(events)
+
+
+def _write_stream(events: Stream) -> None:
+    """Writes the first choice as it is made, the others when all are complete."""
+    finishes: list[Finish] = []
+    others: dict[int, list[str]] = {}
+    at_line_start = True
+    try:
+        for event in events:
+            match event:
+                case PromptEcho():
+                    write_text(event.text)
+                case TextDelta(choice_index=0):
+                    if event.reasoning_text:
+                        _write_reasoning(event.reasoning_text)
+                    if event.text:
+                        write_text(event.text)
+                        at_line_start = event.text.endswith("\n")
+                case TextDelta():
+                    others.setdefault(event.choice_index, []).append(event.text)
+                case Finish():
+                    finishes.append(event)
+                case _:
+                    pass
+    finally:
+        # An error, or the shell's prompt after Ctrl-C, begins on its own line.
+        if not at_line_start:
+            click.echo()
+    for index, pieces in sorted(others.items()):
+        _write_choice(index, "".join(pieces))
+    if events.report is not None:
+        write_note(summary(events.report, finishes))
+
+
+def _write_completion(completion: Completion, *, as_json: bool) -> None:
+    if as_json:
+        write_json(completion)
+        return
+    if completion.prompt is not None:
+        write_text(completion.prompt.text)
+    write_text(completion.text)
+    if not completion.text.endswith("\n"):
+        click.echo()
+    for choice in completion.choices[1:]:
+        _write_choice(choice.index, choice.text)
+    write_note(summary(completion.report, [choice.finish for choice in completion.choices]))
+
+
+def _write_choice(index: int, text: str) -> None:
+    click.echo(click.style(f"--- answer {index + 1} ---", dim=True))
+    write_text(text)
+    if not text.endswith("\n"):
+        click.echo()
+
+
+def _write_reasoning(text: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(click.style(text, dim=True), err=True, nl=False)

@@ -1,0 +1,92 @@
+"""``headrace models``: what a server offers, and what it could."""
+
+from __future__ import annotations
+
+import click
+from headrace.cli.connection import Connection, connect, connection_options
+from headrace.cli.models_build import build
+from headrace.cli.output import short_count, write_json, write_table
+from headrace.client import Model
+
+
+@click.group()
+def models() -> None:
+    """List and show the models of a server; build models for one."""
+
+
+models.add_command(build)
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON: a line for each model.")
+@connection_options
+def list_models(as_json: bool, connection: Connection) -> None:
+    """List the models of a server. * marks the default."""
+    with connect(connection) as client:
+        found = client.list_models(timeout=connection.timeout)
+    if as_json:
+        for model in found:
+            write_json(model)
+    elif found:
+        head = ("MODEL", "STATE", "BACKEND", "PARAMETERS", "WEIGHTS", "CONTEXT", "LICENSE")
+        write_table(head, [_row(model) for model in found])
+    else:
+        click.echo("The server has no models; `headrace models build smollm2-135m` makes one.", err=True)
+
+
+@models.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@connection_options
+def show(name: str | None, as_json: bool, connection: Connection) -> None:
+    """Show all about one model of a server.  [default: its default model]"""
+    with connect(connection) as client:
+        model = client.get_model(name, timeout=connection.timeout)
+    if as_json:
+        write_json(model)
+        return
+    for label, text in _facts(model).items():
+        if text:
+            click.echo(f"{click.style(f'{label:<16}', dim=True)}{text}")
+
+
+def _row(model: Model) -> tuple[str, ...]:
+    return (
+        f"{model.name} *" if model.is_default else model.name,
+        model.state or "-",
+        model.backend,
+        short_count(model.parameter_count) if model.parameter_count else "-",
+        model.quantization or "-",
+        f"{model.limits.context_length:,}",
+        model.license or "-",
+    )
+
+
+def _facts(model: Model) -> dict[str, str]:
+    limits, speed, sampling = model.limits, model.measured_speed, model.default_sampling
+    defaults = {name: getattr(sampling, name) for name in sampling.__slots__}
+    return {
+        "name": f"{model.name} (default)" if model.is_default else model.name,
+        "state": model.state or "",
+        "backend": model.backend,
+        "architecture": model.architecture or "",
+        "parameters": short_count(model.parameter_count) if model.parameter_count else "",
+        "weights": model.quantization or "",
+        "license": model.license or "",
+        "digest": model.digest or "",
+        "determinism": (model.capabilities.determinism_class or "").replace("_", " "),
+        "batching": "continuous" if model.capabilities.continuous_batching else "by the backend",
+        "context": f"{limits.context_length:,} tokens",
+        "vocabulary": f"{limits.vocabulary_size:,} tokens" if limits.vocabulary_size else "",
+        "runs at once": str(limits.max_running) if limits.max_running else "",
+        "prefill": _speed(speed.prefill_tokens_per_second) if speed else "",
+        "decode": _speed(speed.decode_tokens_per_second) if speed else "",
+        "sampling": ", ".join(
+            f"{name} {value:g}" for name, value in defaults.items() if isinstance(value, (int, float))
+        ),
+        "options": ", ".join(model.capabilities.options),
+    }
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    return "" if tokens_per_second is None else f"{tokens_per_second:.0f} tokens/s"

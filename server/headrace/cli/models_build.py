@@ -1,0 +1,152 @@
+"""``headrace models build``: makes model bundles."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import click
+from headrace.backends.paths import default_models_dir
+from headrace.cli.errors import CliError
+from headrace.cli.lazy import needs_extras
+from headrace.cli.output import short_count, write_note
+
+Quantization = Literal["int8", "fp32"]
+
+
+@click.command(short_help="Build a model that a server can serve.")
+@click.argument("model", required=False, metavar="[NAME]")
+@click.option("--gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Build from this GGUF file.")
+@click.option("--name", metavar="NAME", help="With --gguf: what to call the model.")
+@click.option("--license", "license_id", metavar="SPDX", help="With --gguf: the licence of its weights.")
+@click.option("--quantization", type=click.Choice(["int8", "fp32"]), default="int8", show_default=True, help="Weights.")
+@click.option(
+    "--models-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="HEADRACE_MODELS_DIR",
+    show_envvar=True,
+    help=f"Folder of the models.  [default: {default_models_dir()}]",
+)
+@click.option("--if-missing", is_flag=True, help="Do nothing if the model is there.")
+def build(
+    model: str | None,
+    gguf: Path | None,
+    name: str | None,
+    license_id: str | None,
+    quantization: Quantization,
+    models_dir: Path | None,
+    if_missing: bool,
+) -> None:
+    """Build a model that `headrace serve` can serve: one of the catalogue by NAME, or your own GGUF file.
+
+    \b
+    headrace models build smollm2-135m
+    headrace models build --gguf model.gguf --name my-model
+    """  # noqa: D301  # click's mark for lines that stay as they are
+    folder = models_dir or default_models_dir()
+    if gguf is None:
+        if model is None:
+            raise click.UsageError("name a model, such as smollm2-135m, or give a file with --gguf")
+        if name is not None or license_id is not None:
+            raise click.UsageError("--name and --license belong to --gguf; a model of the catalogue has its own")
+        _build(_Catalogue(model), folder, quantization, if_missing=if_missing)
+    else:
+        if model is not None:
+            raise click.UsageError("give NAME or --gguf, not both; --name says what to call a file's model")
+        if name is None:
+            raise click.UsageError("--gguf needs --name, to ask for the model by")
+        _build(_File(name, gguf, license_id), folder, quantization, if_missing=if_missing)
+
+
+def build_if_missing(name: str, *, models_dir: Path) -> None:
+    """Builds a model of the catalogue if it is not there."""
+    _build(_Catalogue(name), models_dir, "int8", if_missing=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Catalogue:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    path: Path
+    license_id: str | None
+
+
+def _build(source: _Catalogue | _File, models_dir: Path, quantization: Quantization, *, if_missing: bool) -> None:
+    with needs_extras("headrace models build", ("serve", "build")):
+        from headrace.backends.onnx.build import build_bundle, build_from_catalog
+        from headrace.backends.onnx.bundle import ModelFileError
+
+    if if_missing and _is_built(models_dir / source.name):
+        write_note(f"{source.name} is in {models_dir}")
+        return
+    try:
+        with _progress() as progress:
+            if isinstance(source, _Catalogue):
+                manifest = build_from_catalog(
+                    source.name, models_dir=models_dir, quantization=quantization, progress=progress
+                )
+            else:
+                manifest = build_bundle(
+                    source.path,
+                    name=source.name,
+                    models_dir=models_dir,
+                    quantization=quantization,
+                    progress=progress,
+                    license=source.license_id,
+                )
+    except ModelFileError as error:
+        raise CliError(str(error)) from error
+    click.echo(
+        f"Built {manifest.name}: {short_count(manifest.parameter_count)} parameters, {manifest.quantization} weights, "
+        f"in {models_dir / manifest.name}"
+    )
+
+
+def _is_built(folder: Path) -> bool:
+    from headrace.backends.onnx.bundle import ModelFileError, read_manifest
+
+    try:
+        read_manifest(folder)
+    except ModelFileError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Shows what is being done: a bar at a terminal, a line for each thing elsewhere."""
+    if not sys.stderr.isatty():
+        yield _each_once()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
+
+
+def _each_once() -> Callable[[str, float], None]:
+    said: set[str] = set()
+
+    def say(what: str, _done: float) -> None:
+        if what not in said:
+            said.add(what)
+            click.echo(what, err=True)
+
+    return say

@@ -1,0 +1,38 @@
+"""A flag for every setting of the server."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from headrace.server.config import Settings
+
+_BY_FILE_ALONE = {"backends"}
+"""Settings with a structure that a flag cannot give."""
+_LISTS = {"models", "plugins"}
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command ``--config`` and a flag for each setting; it gets ``config_file`` and ``flags``, the given ones."""
+
+    @functools.wraps(command)
+    def with_flags(config_file: Path | None, **flags: Any) -> Any:
+        given = {name: None if value == "none" else value for name, value in flags.items() if value not in (None, ())}
+        return command(config_file, given)
+
+    for name, field in reversed(Settings.model_fields.items()):
+        if name not in _BY_FILE_ALONE:
+            help_text = f"{field.description}  [env: HEADRACE_{name.upper()}]"
+            flag = "--" + name.replace("_", "-")
+            with_flags = click.option(flag, name, help=help_text, multiple=name in _LISTS, metavar="…")(with_flags)
+    return click.option(
+        "--config",
+        "config_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="HEADRACE_CONFIG",
+        help="TOML file of settings.  [env: HEADRACE_CONFIG]",
+    )(with_flags)

@@ -1,0 +1,125 @@
+"""Runs the server from start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from headrace.server.app import App
+from headrace.server.config import Settings, is_loopback
+from headrace.server.metrics import Metrics, MetricsEndpoint, serve_metrics
+from headrace.server.middleware.authentication import Authenticator
+from headrace.server.registry import ModelState
+from headrace.server.rpc.server import RunningServer, start_server
+
+
+async def serve(
+    settings: Settings,
+    *,
+    authenticator: Authenticator | None = None,
+    on_ready: Callable[[int], None] = lambda port: None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, new calls are refused, running ones get
+    ``settings.shutdown_grace`` seconds to end and are then finished with what they have. A second signal ends the grace.
+
+    ``on_ready`` gets the port once the models are loaded. Raises SettingsError, PluginError, or OSError for an address.
+    """
+    log = structlog.get_logger("headrace.server")
+    app = App(settings, authenticator=authenticator)
+    app.offers()  # what is wrong with the models is said before anything listens
+    for plugin in app.plugins:
+        log.info(
+            "plugin_loaded", plugin=plugin.name, package=plugin.package, backends=[b.name for b in plugin.backends]
+        )
+    metrics = Metrics(CollectorRegistry())
+    signals = _Signals()
+    async with contextlib.AsyncExitStack() as cleanup:
+        cleanup.push_async_callback(app.close)
+        server = await start_server(
+            app,
+            address=settings.listen,
+            metrics=metrics,
+            max_message_bytes=settings.max_message_bytes,
+            max_batch_in_flight=settings.max_batch_in_flight,
+            serving=False,
+        )
+        cleanup.push_async_callback(_drain, app, server, settings, signals)
+        if endpoint := _serve_metrics(settings, metrics):
+            cleanup.callback(endpoint.close)
+        log.info("listening", address=settings.listen, port=server.port, metrics_port=endpoint and endpoint.port)
+        if not is_loopback(settings.listen):
+            log.warning("open_to_the_network", address=settings.listen, hint="anybody who reaches it can use it")
+        cleanup.enter_context(signals.installed())
+        loading = asyncio.create_task(_load(app, server, metrics))
+        cleanup.push_async_callback(asyncio.wait, [loading])
+        stopping = asyncio.create_task(signals.first.wait())
+        await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            await loading
+            on_ready(server.port)
+        await stopping
+        log.info("stopping", grace=settings.shutdown_grace)
+    log.info("stopped")
+
+
+class _Signals:
+    """SIGTERM and SIGINT as events: the first, and the second for those in a hurry."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._received)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _received(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _load(app: App, server: RunningServer, metrics: Metrics) -> None:
+    """Loads the models, and says so to health checks and metrics."""
+    await app.load()
+    for served in app.registry:
+        ready = served.state is ModelState.READY
+        server.health.set_model_serving(served.card.name, ready)
+        if engine := served.engine:
+            metrics.observe_engine(
+                served.card.name,
+                queued=lambda engine=engine: engine.num_queued,
+                running=lambda engine=engine: engine.num_running,
+                kv_utilization=lambda engine=engine: engine.kv_utilization,
+            )
+    server.set_serving(any(served.state is ModelState.READY for served in app.registry))
+
+
+async def _drain(app: App, server: RunningServer, settings: Settings, signals: _Signals) -> None:
+    app.draining = True
+    stop = asyncio.create_task(server.stop(settings.shutdown_grace, app.finish_all))
+    hurry = asyncio.create_task(signals.second.wait())
+    await asyncio.wait([stop, hurry], return_when=asyncio.FIRST_COMPLETED)
+    if not stop.done():
+        await app.finish_all()
+    hurry.cancel()
+    await stop
+
+
+def _serve_metrics(settings: Settings, metrics: Metrics) -> MetricsEndpoint | None:
+    if settings.metrics_listen is None:
+        return None
+    host, _, port = settings.metrics_listen.rpartition(":")
+    try:
+        return serve_metrics(metrics, host=host.strip("[]"), port=int(port))
+    except OSError as error:
+        raise OSError(f"metrics_listen: cannot listen on {settings.metrics_listen}: {error.strerror}") from error

@@ -1,0 +1,94 @@
+"""Raw headrace: a bundle of the built-in ``onnx`` backend, driven through the step contract.
+
+Run it with headrace's Python. A step computes the logits of every row; sampling is not in the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from answering import Measure, answer
+from headrace.backends.api import BackendContext, Row, StepModel
+from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models-dir", type=Path, required=True, help="folder of model bundles")
+    parser.add_argument("--model", default="smollm2-135m", help="name of the bundle (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    answer(lambda: _load(arguments))
+
+
+def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
+    backend = OnnxBackend(OnnxOptions(threads=arguments.threads), BackendContext(arguments.models_dir))
+    model = backend.load(arguments.model)
+    description = (
+        f"headrace {version('headrace')}, onnxruntime {version('onnxruntime')}, {model.card.name}"
+        f" {model.card.quantization}, {model.determinism.name}, {arguments.threads} threads"
+    )
+
+    def measure(case: Mapping[str, Any]) -> float:
+        if case["kind"] == "prefill":
+            return _prefill(model, case["tokens"])
+        return _decode(model, case["rows"], case["cached"], case["steps"])
+
+    return description, measure
+
+
+def _decode(model: StepModel, num_rows: int, num_cached: int, num_steps: int) -> float:
+    """Tokens per second of ``num_steps`` steps of ``num_rows`` rows."""
+    slots = range(num_rows)
+    for slot in slots:
+        model.reserve(slot, num_cached + 1 + num_steps)
+        _run_prompt(model, slot, _tokens(num_cached))
+
+    def step(position: int) -> None:
+        model.step([Row(slot, position, [42], wants_logits=True) for slot in slots])
+
+    step(num_cached)
+    began = time.perf_counter()
+    for i in range(num_steps):
+        step(num_cached + 1 + i)
+    seconds = time.perf_counter() - began
+    for slot in slots:
+        model.release(slot)
+    return num_rows * num_steps / seconds
+
+
+def _prefill(model: StepModel, num_tokens: int) -> float:
+    """Tokens per second of one prompt."""
+    prompt = _tokens(num_tokens)
+    model.reserve(0, num_tokens)
+    began = time.perf_counter()
+    _run_prompt(model, 0, prompt)
+    seconds = time.perf_counter() - began
+    model.release(0)
+    return num_tokens / seconds
+
+
+def _run_prompt(model: StepModel, slot: int, prompt: Sequence[int]) -> None:
+    """Runs a prompt in the largest chunks that the contract allows."""
+    size = model.max_chunk // model.chunk_alignment * model.chunk_alignment
+    position = 0
+    while position < len(prompt):
+        end = min(position + size, len(prompt))
+        if len(prompt) - end == 1:
+            end = len(prompt) if end + 1 - position <= model.max_chunk else end - model.chunk_alignment
+        model.step([Row(slot, position, prompt[position:end], wants_logits=end == len(prompt))])
+        position = end
+
+
+def _tokens(count: int) -> list[int]:
+    return random.Random(0).choices(range(1_000, 40_000), k=count)
+
+
+if __name__ == "__main__":
+    main()
