@@ -15,7 +15,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-
 from headrace.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -182,6 +181,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         spec = request.spec
         self.fake.specs.append(spec)
         sequence = 0
+        complete = False
+        context.add_done_callback(lambda _: complete or self.fake.cancelled.set())
 
         def event(**fields) -> generation_pb2.GenerateStreamResponse:
             nonlocal sequence
@@ -211,6 +212,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
             yield event(finish=_finish(choice))
         if not self.fake.omit_end:
             yield event(end=self._report(spec, len(pieces)))
+        complete = True
 
     async def GenerateBatch(self, request_iterator, context):  # noqa: N802
         held: list[generation_pb2.GenerateBatchRequest] = []
@@ -256,9 +258,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
             report=self._report(spec, len(pieces)),
         )
 
-    def _delta(
-        self, spec: generation_pb2.GenerationSpec, choice: int, number: int, piece: str
-    ) -> generation_pb2.Delta:
+    def _delta(self, spec: generation_pb2.GenerationSpec, choice: int, number: int, piece: str) -> generation_pb2.Delta:
         delta = generation_pb2.Delta(choice_index=choice, text=piece)
         if spec.response.token_ids:
             delta.token_ids.append(number)

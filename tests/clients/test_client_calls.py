@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import threading
 import time
@@ -29,6 +28,7 @@ from headrace.client import (
     Usage,
 )
 from headrace.client.requests import spec
+
 from tests.clients.fake_server import ANSWER, MODEL, Failure, FakeServer, overloaded
 
 TEXT = "".join(ANSWER)
@@ -98,9 +98,12 @@ def test_a_stream_gives_typed_events_in_order_and_ends_with_the_report(server: F
 
 
 async def test_a_stream_gives_the_same_events_through_asyncio():
-    async with FakeServer().serving() as server, AsyncClient(server.address) as client:
-        async with client.stream("Hi", logprobs=True, top_logprobs=1) as stream:
-            events = [event async for event in stream]
+    async with (
+        FakeServer().serving() as server,
+        AsyncClient(server.address) as client,
+        client.stream("Hi", logprobs=True, top_logprobs=1) as stream,
+    ):
+        events = [event async for event in stream]
     assert events[0].logprobs[0].top[0].token == b"\xff"
     assert isinstance(events[-1], End)
     assert (stream.report, stream.sequence) == (events[-1].report, len(events))
@@ -112,9 +115,12 @@ def test_texts_are_those_of_the_first_choice(server: FakeServer):
 
 
 async def test_texts_are_those_of_the_first_choice_through_asyncio():
-    async with FakeServer().serving() as server, AsyncClient(server.address) as client:
-        async with client.stream("Hi", n=2) as stream:
-            assert [text async for text in stream.texts()] == list(ANSWER)
+    async with (
+        FakeServer().serving() as server,
+        AsyncClient(server.address) as client,
+        client.stream("Hi", n=2) as stream,
+    ):
+        assert [text async for text in stream.texts()] == list(ANSWER)
 
 
 def test_events_of_a_newer_server_are_passed_over(server: FakeServer):
@@ -199,21 +205,19 @@ def test_closing_a_stream_from_another_thread_ends_the_reading_with_an_error(ser
 def test_a_stream_that_is_dropped_unread_warns_and_is_cancelled(server: FakeServer):
     server.hang_after_deltas = 1
     with Client(server.address) as client:
-        stream = client.stream("Hi")
-        next(stream)
+        abandoned = [client.stream("Hi")]
+        next(abandoned[0])
         with pytest.warns(ResourceWarning, match="neither read to its end nor closed"):
-            del stream
-            gc.collect()
+            abandoned.clear()
         assert server.cancelled.wait(5)
 
 
 async def test_a_stream_that_is_dropped_unread_warns_through_asyncio():
     async with FakeServer(hang_after_deltas=1).serving() as server, AsyncClient(server.address) as client:
-        stream = client.stream("Hi")
-        await anext(stream)
+        abandoned = [client.stream("Hi")]
+        await anext(abandoned[0])
         with pytest.warns(ResourceWarning, match="neither read to its end nor closed"):
-            del stream
-            gc.collect()
+            abandoned.clear()
         assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
@@ -241,18 +245,21 @@ async def test_a_batch_takes_an_async_iterator():
             await asyncio.sleep(0)
             yield text
 
-    async with FakeServer().serving() as server, AsyncClient(server.address) as client:
-        async with client.generate_batch(prompts()) as batch:
-            outcomes = {index: outcome async for index, outcome in batch}
+    async with (
+        FakeServer().serving() as server,
+        AsyncClient(server.address) as client,
+        client.generate_batch(prompts()) as batch,
+    ):
+        outcomes = {index: outcome async for index, outcome in batch}
     assert isinstance(outcomes[0], Completion)
     assert isinstance(outcomes[1], InvalidArgumentError)
 
 
 @pytest.mark.parametrize("bad", [["ok", 5], ["ok", []]])
 def test_what_the_prompts_raise_is_raised_to_the_caller(server: FakeServer, bad):
-    with Client(server.address) as client, client.generate_batch(bad) as batch:
-        with pytest.raises((TypeError, ValueError), match="prompt: "):
-            list(batch)
+    refused = pytest.raises((TypeError, ValueError), match="prompt: ")
+    with Client(server.address) as client, client.generate_batch(bad) as batch, refused:
+        list(batch)
 
 
 async def test_what_the_prompts_raise_is_raised_to_the_caller_through_asyncio():
@@ -260,11 +267,14 @@ async def test_what_the_prompts_raise_is_raised_to_the_caller_through_asyncio():
         yield "ok"
         raise LookupError("the list is broken")
 
-    async with FakeServer().serving() as server, AsyncClient(server.address) as client:
-        async with client.generate_batch(prompts()) as batch:
-            with pytest.raises(LookupError, match="the list is broken"):
-                async for _ in batch:
-                    pass
+    async with (
+        FakeServer().serving() as server,
+        AsyncClient(server.address) as client,
+        client.generate_batch(prompts()) as batch,
+    ):
+        with pytest.raises(LookupError, match="the list is broken"):
+            async for _ in batch:
+                pass
 
 
 def test_leaving_a_batch_early_cancels_it(server: FakeServer):
@@ -331,7 +341,9 @@ def test_health_is_that_of_the_server_or_of_a_service(server: FakeServer):
 
 
 @pytest.mark.parametrize(
-    "failure", [overloaded(0.01), Failure(grpc.StatusCode.UNAVAILABLE, "stopping", pushback_ms=10)], ids=["full", "stopping"]
+    "failure",
+    [overloaded(0.01), Failure(grpc.StatusCode.UNAVAILABLE, "stopping", pushback_ms=10)],
+    ids=["full", "stopping"],
 )
 def test_what_is_refused_before_the_first_event_is_tried_again_unseen(server: FakeServer, failure):
     server.failures = [failure] * 3

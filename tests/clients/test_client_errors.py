@@ -19,6 +19,7 @@ from headrace.client import (
     errors,
 )
 from headrace.v1 import generation_pb2, usage_pb2
+
 from tests.clients.fake_server import Failure, FakeServer, bad_field, overloaded, unsupported
 
 RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}

@@ -73,19 +73,20 @@ def test_an_option_sets_its_field_and_nothing_else(name):
     before = requests.spec(prompt, None, {})
     after = requests.spec(prompt, None, {name: value})
     *parents, field = OPTIONS[name].path.split(".")
-    message = after
+    messages = [after]
     for parent in parents:
-        assert message.HasField(parent)
-        message = getattr(message, parent)
-    assert field in {descriptor.name for descriptor, _ in message.ListFields()}
-    message.ClearField(field)
-    if parents:
-        after.ClearField(parents[0]) if parents[0] != "chat" else None
+        messages.append(getattr(messages[-1], parent))
+    assert field in {descriptor.name for descriptor, _ in messages[-1].ListFields()}
+    messages[-1].ClearField(field)
+    for holder, parent in reversed(list(zip(messages[:-1], parents, strict=True))):
+        if not getattr(holder, parent).ListFields():
+            holder.ClearField(parent)
     assert after == before
 
 
 def test_values_arrive_as_the_proto_has_them():
-    spec = requests.spec("x", None, {**SAMPLES, **dict.fromkeys([*CHAT_OPTIONS, *("json_schema json_object regex lark_grammar".split())])})
+    other_inputs_and_shapes = [*CHAT_OPTIONS, "json_schema", "json_object", "regex", "lark_grammar"]
+    spec = requests.spec("x", None, {**SAMPLES, **dict.fromkeys(other_inputs_and_shapes)})
     assert spec.stopping.time_limit.ToMilliseconds() == 1500
     assert spec.scheduling.queue_timeout.ToMilliseconds() == 250
     assert spec.scheduling.latency_class == generation_pb2.LATENCY_CLASS_VOICE

@@ -58,7 +58,7 @@ def test_a_type_has_the_fields_of_its_message(ours, proto):
 @pytest.mark.parametrize(("ours", "proto"), NAMES, ids=lambda side: getattr(side, "__name__", ""))
 def test_an_enum_has_the_names_of_the_protos_and_their_order(ours, proto):
     prefix = proto.keys()[0].removesuffix("UNSPECIFIED")
-    assert [name.removeprefix(prefix) for name in proto.keys()[1:]] == list(ours.__members__)  # noqa: SIM118
+    assert [name.removeprefix(prefix) for name in proto.keys()[1:]] == list(ours.__members__)
     assert [name.value for name in ours] == [name.lower() for name in ours.__members__]
 
 

@@ -103,11 +103,14 @@ class TinyApplication:
     calls: list[Call] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a generation has been closed, in whatever way."""
+    began: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Released by each generation that begins."""
     num_running: int = 0
     most_running: int = 0
 
     async def generate(self, call: Call) -> Events:
         self.calls.append(call)
+        self.began.release()
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         self._resolve(call)
@@ -126,12 +129,12 @@ class TinyApplication:
             self.num_running -= 1
             self.closed.set()
 
-    def front(self, inner: Handler, *, resolve: bool = True) -> Handler:
+    def front(self, inner: Handler, *, resolve_model: bool = True) -> Handler:
         async def handle(call: Call) -> Events:
             if self.front_error is not None:
                 raise self.front_error
             call.principal = Principal(call.metadata.get("tenant", "anonymous"))
-            if resolve:
+            if resolve_model:
                 self._resolve(call)
             async with aclosing(inner(call)) as events:
                 async for event in events:
@@ -229,6 +232,12 @@ class Served:
     @property
     def models(self) -> models_pb2_grpc.ModelServiceStub:
         return models_pb2_grpc.ModelServiceStub(self.channel)
+
+    async def until_running(self, count: int = 1) -> None:
+        """Waits until ``count`` further generations have begun."""
+        async with asyncio.timeout(5):
+            for _ in range(count):
+                await self.application.began.acquire()
 
     def metrics_text(self) -> str:
         return generate_latest(self.metrics.registry).decode()

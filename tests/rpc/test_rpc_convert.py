@@ -46,7 +46,9 @@ scalars = st.fixed_dictionaries(
 )
 
 
-@given(sampling=scalars, seed=st.none() | st.integers(0, 2**64 - 1), ids=st.lists(st.integers(0, 2**32 - 1), min_size=1))
+@given(
+    sampling=scalars, seed=st.none() | st.integers(0, 2**64 - 1), ids=st.lists(st.integers(0, 2**32 - 1), min_size=1)
+)
 def test_what_is_set_arrives_and_what_is_not_keeps_its_default(sampling, seed, ids):
     spec = pb.GenerationSpec(token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingOptions(**sampling))
     if seed is not None:
@@ -102,9 +104,7 @@ def test_stopping_and_scheduling_arrive_with_durations_in_seconds():
     assert request.stopping == types.Stopping(
         max_new_tokens=5, min_new_tokens=2, stop_sequences=(".",), stop_token_ids=(9,), time_limit=1.5
     )
-    assert request.scheduling == types.Scheduling(
-        priority=-7, queue_timeout=0.25, on_expiry=types.ExpiryAction.ERROR
-    )
+    assert request.scheduling == types.Scheduling(priority=-7, queue_timeout=0.25, on_expiry=types.ExpiryAction.ERROR)
     assert request.response == types.ResponseOptions(logprobs=True, top_logprobs=2, echo=True, usage_interval=4)
 
 

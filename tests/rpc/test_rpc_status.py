@@ -17,6 +17,7 @@ SAMPLES = {
     errors.Overloaded: errors.Overloaded("too much", retry_after=0.5),
     errors.QueueFull: errors.QueueFull("the queue is full", retry_after=1.5),
     errors.QueueTimeout: errors.QueueTimeout("waited too long", retry_after=2),
+    errors.Loading: errors.Loading("tiny", retry_after=2.5),
     errors.Draining: errors.Draining(retry_after=3),
     errors.DeadlineExceeded: errors.DeadlineExceeded("too late"),
     errors.BackendError: errors.BackendError("it broke"),
@@ -30,12 +31,13 @@ CODES = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueTimeout: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Loading: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.BackendError: grpc.StatusCode.INTERNAL,
     errors.BackendUnavailable: grpc.StatusCode.UNAVAILABLE,
 }
-RETRYABLE = (errors.Overloaded, errors.QueueFull, errors.QueueTimeout, errors.Draining)
+RETRYABLE = (errors.Overloaded, errors.QueueFull, errors.QueueTimeout, errors.Loading, errors.Draining)
 
 
 def subclasses(cls: type) -> set[type]:
@@ -160,10 +162,10 @@ async def test_a_stream_that_breaks_its_promise_is_an_internal_error(events):
 
 async def test_an_error_after_events_ends_the_stream_with_its_status_and_usage():
     async with serving(gives(Delta(0, "a", (1,)), Delta(0, "b", (2, 3)), errors.BackendError("it broke"))) as served:
-        texts = []
+        call = served.generation.GenerateStream(pb.GenerateStreamRequest(spec=spec()))
+        texts = [(await call.read()).delta.text for _ in range(2)]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for event in served.generation.GenerateStream(pb.GenerateStreamRequest(spec=spec())):
-                texts.append(event.delta.text)  # noqa: PERF401 - what came before the error counts
+            await call.read()
     assert texts == ["a", "b"]
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     usage = usage_pb2.Usage.FromString(trailers_of(caught.value)[USAGE_KEY])

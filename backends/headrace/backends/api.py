@@ -113,8 +113,9 @@ class TopLogits:
     """[R, k]"""
     logits: NDArray[np.float32]
     """[R, k]"""
-    log_sum_exp: NDArray[np.float32]
-    """[R]: of ``logits / temperature`` over the whole vocabulary."""
+    log_sum_exp: NDArray[np.float64]
+    """[R]: of ``logits / temperature`` over the whole vocabulary. Not float32: at a low temperature its steps are coarser
+    than the probabilities."""
 
 
 class Logits(Protocol):

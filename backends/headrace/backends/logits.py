@@ -31,7 +31,7 @@ class HostLogits:
         k = min(k, size)
         ids = np.empty((num_rows, k), np.int64)
         logits = np.empty((num_rows, k), np.float32)
-        log_sum_exp = np.empty(num_rows, np.float32)
+        log_sum_exp = np.empty(num_rows, np.float64)
         scratch = np.empty(size, np.float32)
         for i, (index, t) in enumerate(zip(rows, temperature, strict=True)):
             row = self._array[index]
@@ -39,7 +39,7 @@ class HostLogits:
             logits[i] = row[ids[i]]
             np.subtract(row, logits[i, 0], out=scratch)
             np.divide(scratch, t, out=scratch)
-            log_sum_exp[i] = logits[i, 0] / t + np.log(np.exp(scratch, out=scratch).sum())
+            log_sum_exp[i] = np.float64(logits[i, 0]) / t + np.log(np.exp(scratch, out=scratch).sum())
         return TopLogits(ids, logits, log_sum_exp)
 
 

@@ -117,8 +117,10 @@ class Manifest(BaseModel):
 
 
 def bundle_digest(files: dict[str, FileEntry]) -> str:
-    """The digest of a bundle: SHA-256 over a line ``<sha256>  <name>`` for each file, in the order of names. Equal digests
-    give equal tokens and logits (given equal runtimes)."""
+    """The digest of a bundle: SHA-256 over a line ``<sha256>  <name>`` for each file, in the order of names.
+
+    Equal digests give equal tokens and logits (given equal runtimes and processors).
+    """
     lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 

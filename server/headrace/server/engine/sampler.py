@@ -19,6 +19,9 @@ from headrace.backends.types import Sampling
 from numpy.typing import NDArray
 
 _NUM_CANDIDATES = 64
+# What is closer to 0 is taken for these: it would overflow float32, and chooses no differently.
+_MIN_TEMPERATURE = 1e-9
+_MIN_REPETITION_PENALTY = 1e-9
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -47,7 +50,8 @@ class SamplingState:
         num_logprobs: int | None,
     ) -> None:
         """``num_logprobs`` is how many of the likeliest tokens to report; ``None``: no log-probabilities at all."""
-        self.temperature = default_temperature if sampling.temperature is None else sampling.temperature
+        temperature = default_temperature if sampling.temperature is None else sampling.temperature
+        self.temperature = max(temperature, _MIN_TEMPERATURE) if temperature else 0.0
         self.top_k = sampling.top_k
         self.top_p = sampling.top_p
         self.min_p = sampling.min_p
@@ -84,7 +88,7 @@ class _Penalties:
     """The tokens that occurred in prompt and output, and what they are penalised with."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Iterable[int]) -> None:
-        self._repetition = np.float32(sampling.repetition_penalty)
+        self._repetition = np.float32(max(sampling.repetition_penalty, _MIN_REPETITION_PENALTY))
         self._presence = np.float32(sampling.presence_penalty)
         self._frequency = np.float32(sampling.frequency_penalty)
         seen = (
@@ -242,7 +246,7 @@ class _Report:
     def of(self, token_id: int) -> Sampled:
         norm = float(self.top.log_sum_exp[self.index])
         ids, logits = self.top.token_ids[self.index], self.top.logits[self.index]
-        top = tuple((int(ids[j]), float(logits[j]) - norm) for j in range(self.num_top))
+        top = tuple((int(ids[j]), float(logits[j]) - norm) for j in range(min(self.num_top, ids.size)))
         return Sampled(token_id, float(self.raw[token_id]) - norm, top)
 
 

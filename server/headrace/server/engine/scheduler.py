@@ -131,8 +131,7 @@ class Scheduler:
         """
         align, longest = self._limits.chunk_alignment, self._limits.max_chunk
         start, total = sequence.num_cached_tokens, len(sequence.tokens)
-        # The last chunk may be one token longer than a multiple of the alignment; it must still be within `longest`.
-        room = max(align, min(budget, longest - 1) // align * align)
+        room = max(align, min(budget, longest) // align * align)
         if total - start <= room:
             return total
         end = (start + room) // align * align

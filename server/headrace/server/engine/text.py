@@ -30,8 +30,9 @@ class TextAssembler:
 
     def push(self, token: bytes, *, may_stop: bool) -> str | StopMatch:
         """Text that may be shown now. With ``may_stop`` false a stop sequence that is complete is ordinary text."""
+        num_seen = len(self._held)
         self._held += self._decoder.decode(token)
-        if may_stop and (match := self._first_match()):
+        if may_stop and (match := self._first_match(num_seen)):
             start, stop = match
             return StopMatch(self._held[: start + len(stop) if self._include_stop else start], stop)
         return self._take(len(self._held) - self._num_held_back())
@@ -45,9 +46,15 @@ class TextAssembler:
         text, self._held = self._held[:length], self._held[length:]
         return text
 
-    def _first_match(self) -> tuple[int, str] | None:
-        """The stop sequence that is complete first, the longest of several: where it starts, and which it is."""
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+    def _first_match(self, num_seen: int) -> tuple[int, str] | None:
+        """The stop sequence that is complete first beyond the ``num_seen`` characters that were held before, the longest
+        of several: where it starts, and which it is.
+        """
+        found = [
+            (at, stop)
+            for stop in self._stops
+            if (at := self._held.find(stop, max(0, num_seen + 1 - len(stop)))) >= 0
+        ]
         return min(found, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
 
     def _num_held_back(self) -> int:

@@ -54,10 +54,10 @@ class Application(Protocol):
     def draining(self) -> bool:
         """Whether new calls are refused because the server is about to stop."""
 
-    def front(self, inner: Handler, *, resolve: bool = True) -> Handler:
+    def front(self, inner: Handler, *, resolve_model: bool = True) -> Handler:
         """The part of the chain that calls other than generations share, around ``inner``: ceilings, authentication
-        and, if ``resolve``, the model. Calls about models in general come without ``resolve``: they must not fail
-        because the default model has.
+        and, if ``resolve_model``, the model. Calls about models in general come without: they must not fail because the
+        default model has.
         """
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:

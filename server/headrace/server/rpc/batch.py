@@ -42,7 +42,7 @@ class GenerateBatch:
         async def nothing(_call: Call) -> None: ...
 
         # Credentials are the stream's: without them it fails as a whole, before anything is read.
-        await run_in_front(self.calls.application, rpc.make_call(NO_REQUEST), nothing, resolve=False)
+        await run_in_front(self.calls.application, rpc.make_call(NO_REQUEST), nothing, resolve_model=False)
         stream = _Stream(self, rpc, asyncio.Semaphore(self.max_in_flight))
         try:
             await stream.run()
@@ -146,7 +146,7 @@ class _Stream:
             self.outcomes[code.name] += 1
             seconds = self.batch.generation.clock() - call.arrived
             logger.info(
-                "batch item finished",
+                "batch_item_finished",
                 index=index,
                 code=code.name,
                 seconds=round(seconds, 6),

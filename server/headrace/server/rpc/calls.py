@@ -206,10 +206,10 @@ class Calls:
 
 
 async def run_in_front(
-    application: Application, call: Call, work: Callable[[Call], Awaitable[T]], *, resolve: bool
+    application: Application, call: Call, work: Callable[[Call], Awaitable[T]], *, resolve_model: bool
 ) -> T:
-    """Runs ``work`` behind the front of the application's chain, which sets the call's principal and, if ``resolve``,
-    its model.
+    """Runs ``work`` behind the front of the application's chain, which sets the call's principal and, if
+    ``resolve_model``, its model.
     """
     results: list[T] = []
 
@@ -217,7 +217,7 @@ async def run_in_front(
         results.append(await work(inner_call))
         yield StreamEnd()
 
-    async with aclosing(application.front(inner, resolve=resolve)(call)) as events:
+    async with aclosing(application.front(inner, resolve_model=resolve_model)(call)) as events:
         async for _ in events:
             pass
     [result] = results
@@ -249,7 +249,7 @@ def _log(rpc: Rpc, *, code: str, error_type: str, seconds: float) -> None:
         fields["error_type"] = error_type
     if rpc.call is not None:
         fields |= tokens_for_log(rpc.call)
-    logger.info("call finished", **fields)
+    logger.info("call_finished", **fields)
 
 
 def _serialize(message: Message) -> bytes:

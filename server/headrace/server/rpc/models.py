@@ -50,7 +50,7 @@ class Models:
         async def work(call: Call) -> Sequence[ServedModel]:
             return self.application.list_models(call.principal)
 
-        models = await run_in_front(self.application, rpc.begin(NO_REQUEST), work, resolve=False)
+        models = await run_in_front(self.application, rpc.begin(NO_REQUEST), work, resolve_model=False)
         return sorted(models, key=lambda model: model.card.name)
 
 

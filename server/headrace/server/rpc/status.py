@@ -117,12 +117,12 @@ def failure_of(error: Exception, *, request_id: str, field_prefix: str = "") -> 
     """
     row = _row_of(error)
     if row is None or not isinstance(error, errors.HeadraceError):
-        logger.error("a call failed for a reason of our own", exc_info=error)
+        logger.error("call_failed", exc_info=error)
         row, message = _INTERNAL, INTERNAL_MESSAGE
     else:
         message = error.message
         if isinstance(error, errors.BackendError):
-            logger.warning("a backend failed", exc_info=error)
+            logger.warning("backend_failed", exc_info=error)
     details = [
         error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=row.metadata(error)),
         error_details_pb2.RequestInfo(request_id=request_id),

@@ -56,7 +56,7 @@ class Tokenization:
                 raise RuntimeError("a call passed the front without a model. This is a bug")
             return await self.application.run_blocking(work, call.model)
 
-        return await run_in_front(self.application, rpc.begin(request), work_on, resolve=True)
+        return await run_in_front(self.application, rpc.begin(request), work_on, resolve_model=True)
 
 
 def _input_request(message: pb.TokenizeRequest | pb.CountTokensRequest) -> GenerateRequest:

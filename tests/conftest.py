@@ -1,0 +1,26 @@
+"""What several folders of tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from headrace.backends.onnx.bundle import MANIFEST
+from headrace.backends.paths import default_models_dir
+from hypothesis import settings
+
+# A busy machine is no failure.
+settings.register_profile("headrace", deadline=None)
+settings.load_profile("headrace")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the default model's bundle, built first if it is missing."""
+    name = "smollm2-135m"
+    models_dir = default_models_dir()
+    if not (models_dir / name / MANIFEST).is_file():
+        from headrace.backends.onnx.build import build_from_catalog
+
+        build_from_catalog(name, models_dir=models_dir, progress=lambda what, done: None)
+    return models_dir / name
