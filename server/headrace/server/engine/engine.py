@@ -466,6 +466,6 @@ class Engine:
 
 def _forbidden(sequence: Sequence) -> tuple[int, ...]:
     """Tokens that would end a choice before it may end."""
-    if sequence.num_output_tokens + 1 >= sequence.call.request.stopping.min_new_tokens:
+    if sequence.num_output_tokens >= sequence.call.request.stopping.min_new_tokens:
         return ()
     return (*sequence.eos_token_ids, *sequence.stop_token_ids)

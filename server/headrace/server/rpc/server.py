@@ -71,7 +71,7 @@ class RunningServer:
         finally:
             await self._server.stop(None)
             await stopping
-            if False:
+            if not await self._calls.wait_idle(CLEANUP_SECONDS):
                 logger.warning("calls_still_cleaning_up")
 
 
