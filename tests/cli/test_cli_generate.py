@@ -53,7 +53,8 @@ def test_every_flag_sets_its_option(server: FakeServer):
     flags = (
         "--raw --n 2 --echo -m m -n 5 -t 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --typical-p 0.8 "
         "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --stop a --stop b "
-        "--min-new-tokens 1 --ignore-eos --time-limit 1.5 --seed 7 --latency-class batch --priority 3 --queue-timeout 2 --request-id r "
+        "--min-new-tokens 1 --ignore-eos --time-limit 1.5 "
+        "--seed 7 --latency-class batch --priority 3 --queue-timeout 2 --request-id r "
         "-o strict=true -o regex=a+ -o logit_bias={}"
     )
     result = run(server, "generate", "Hi", *flags.split())

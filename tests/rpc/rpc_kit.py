@@ -30,7 +30,8 @@ from headrace.backends.types import (
     TokenIdsInput,
 )
 from headrace.server.metrics import Metrics
-from headrace.server.rpc.application import ModelState, ServedModel
+from headrace.server.registry import ModelState
+from headrace.server.rpc.application import ServedModel
 from headrace.server.rpc.server import RunningServer, start_server
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_pb2_grpc, models_pb2_grpc, tokenization_pb2_grpc
@@ -105,6 +106,8 @@ class TinyApplication:
     """Set when a generation has been closed, in whatever way."""
     began: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     """Released by each generation that begins."""
+    num_blocking: int = 0
+    """Times that run_blocking was called."""
     num_running: int = 0
     most_running: int = 0
 
@@ -146,6 +149,7 @@ class TinyApplication:
         return () if principal.tenant == "poor" else self.served
 
     async def run_blocking(self, function: Callable[..., Any], *args: object) -> Any:
+        self.num_blocking += 1
         return await asyncio.to_thread(function, *args)
 
     def _resolve(self, call: Call) -> None:

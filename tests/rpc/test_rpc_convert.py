@@ -7,7 +7,7 @@ from headrace.backends import types
 from headrace.backends.api import DeterminismClass
 from headrace.backends.errors import InvalidArgument
 from headrace.server.rpc import answer, convert
-from headrace.server.rpc.application import ModelState
+from headrace.server.registry import ModelState
 from headrace.server.rpc.convert import request_id_of, to_request
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import models_pb2, usage_pb2

@@ -239,6 +239,19 @@ async def test_bytes_that_are_no_request_are_an_invalid_argument(method, raw):
         assert served.application.calls == []
 
 
+async def test_a_large_request_is_converted_off_the_event_loop():
+    part = pb.ContentPart(text="x")
+    messages = [pb.ChatMessage(role=pb.ROLE_USER, content=[part])] * 4000
+    async with serving(says("a")) as served:
+        await served.generation.Generate(pb.GenerateRequest(spec=spec()))
+        assert served.application.num_blocking == 0
+        chat = pb.GenerationSpec(chat=pb.ChatInput(messages=messages))
+        await served.generation.Generate(pb.GenerateRequest(spec=chat))
+        assert served.application.num_blocking == 1
+        [_, call] = served.application.calls
+    assert len(call.request.input.messages) == 4000
+
+
 async def test_the_request_id_is_in_the_trailer_of_every_call():
     async with serving(says("a")) as served:
         labelled = served.generation.Generate(pb.GenerateRequest(spec=spec(request_id="mine")))

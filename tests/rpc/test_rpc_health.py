@@ -53,6 +53,7 @@ async def test_every_watcher_sees_every_change_after_another_has_left():
             assert (await stayer.read()).status == SERVING
             await served.server.stop(0)
             assert (await stayer.read()).status == NOT_SERVING
+            assert await stayer.read() is grpc.aio.EOF
 
 
 async def test_nothing_is_serving_again_after_a_stop():

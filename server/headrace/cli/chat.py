@@ -79,14 +79,14 @@ class Conversation:
             self.messages.pop()
 
     def _answer(self, answer: list[str]) -> None:
-        """Writes an answer, and appends its pieces as they are written."""
+        """Writes an answer, and appends its pieces before they are seen: what was seen can be stopped."""
         finishes: list[Finish] = []
         spec = spec_of(self.messages, self.options)
         with self.client.stream(spec=spec, timeout=self.connection.timeout) as events:
             for event in events:
                 if isinstance(event, TextDelta) and event.choice_index == 0 and event.text:
-                    write_text(event.text)
                     answer.append(event.text)
+                    write_text(event.text)
                 elif isinstance(event, Finish):
                     finishes.append(event)
         click.echo()

@@ -17,7 +17,7 @@ _LISTS = {"models", "plugins"}
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command ``--config`` and a flag for each setting; it gets ``config_file`` and ``flags``, the given ones."""
+    """Gives a command ``--config`` and a flag for each setting; it gets ``config_file`` and the given ``flags``."""
 
     @functools.wraps(command)
     def with_flags(config_file: Path | None, **flags: Any) -> Any:

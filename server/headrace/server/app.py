@@ -14,7 +14,7 @@ from headrace.backends.types import Handler, Principal, Sampling
 from headrace.server.config import Settings, SettingsError, describe
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.middleware.authentication import AllowAnonymous, Authenticator, authenticate
-from headrace.server.middleware.ceilings import limit_calls
+from headrace.server.middleware.ceilings import CallCeiling
 from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.tokenize import tokenize
 from headrace.server.plugins import Plugin, load_plugins
@@ -40,6 +40,7 @@ class App:
         self.draining = False
         self.plugins: list[Plugin] = load_plugins(settings.plugins)
         self._backends = _make_backends(settings, self.plugins)
+        self._ceiling = CallCeiling(settings.max_calls, lambda: self.draining)
         self._authenticator = authenticator or AllowAnonymous()
         self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
         self.registry = ModelRegistry(clock=clock, max_queued=settings.max_queued)
@@ -57,7 +58,7 @@ class App:
         """What all calls share, around ``inner``: ceilings, authentication, and the model unless told otherwise."""
         handler = resolve(inner, registry=self.registry) if resolve_model else inner
         handler = authenticate(handler, authenticator=self._authenticator)
-        return limit_calls(handler, max_calls=self.settings.max_calls, is_draining=lambda: self.draining)
+        return self._ceiling.limit(handler)
 
     def offers(self) -> list[tuple[Backend, ModelCard]]:
         """The models that the settings name, or all there are. Raises SettingsError if one is not there."""

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from headrace.server.app import App
 from headrace.server.config import Settings, is_loopback
+from headrace.server.engine.engine import Engine
 from headrace.server.metrics import Metrics, MetricsEndpoint, serve_metrics
 from headrace.server.middleware.authentication import Authenticator
 from headrace.server.registry import ModelState
@@ -22,10 +23,11 @@ async def serve(
     settings: Settings,
     *,
     authenticator: Authenticator | None = None,
-    on_ready: Callable[[int], None] = lambda port: None,
+    on_ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, new calls are refused, running ones get
-    ``settings.shutdown_grace`` seconds to end and are then finished with what they have. A second signal ends the grace.
+    ``settings.shutdown_grace`` seconds to end and are then finished with what they have. A second signal ends the
+    grace.
 
     ``on_ready`` gets the port once the models are loaded. Raises SettingsError, PluginError, or OSError for an address.
     """
@@ -61,7 +63,8 @@ async def serve(
         await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             await loading
-            on_ready(server.port)
+            if on_ready:
+                on_ready(server.port)
         await stopping
         log.info("stopping", grace=settings.shutdown_grace)
     log.info("stopped")
@@ -94,14 +97,18 @@ async def _load(app: App, server: RunningServer, metrics: Metrics) -> None:
     for served in app.registry:
         ready = served.state is ModelState.READY
         server.health.set_model_serving(served.card.name, ready)
-        if engine := served.engine:
-            metrics.observe_engine(
-                served.card.name,
-                queued=lambda engine=engine: engine.num_queued,
-                running=lambda engine=engine: engine.num_running,
-                kv_utilization=lambda engine=engine: engine.kv_utilization,
-            )
+        if served.engine:
+            _observe(served.engine, metrics)
     server.set_serving(any(served.state is ModelState.READY for served in app.registry))
+
+
+def _observe(engine: Engine, metrics: Metrics) -> None:
+    metrics.observe_engine(
+        engine.model.card.name,
+        queued=lambda: engine.num_queued,
+        running=lambda: engine.num_running,
+        kv_utilization=lambda: engine.kv_utilization,
+    )
 
 
 async def _drain(app: App, server: RunningServer, settings: Settings, signals: _Signals) -> None:

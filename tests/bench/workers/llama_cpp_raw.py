@@ -41,9 +41,7 @@ def main() -> None:
 def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
     llama_cpp.llama_log_set(_log_nothing, None)
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        str(arguments.gguf).encode(), llama_cpp.llama_model_default_params()
-    )
+    model = llama_cpp.llama_model_load_from_file(str(arguments.gguf).encode(), llama_cpp.llama_model_default_params())
     engine = _Engine(model, arguments.threads)
     description = (
         f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}, {arguments.gguf.name},"

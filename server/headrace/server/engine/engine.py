@@ -22,7 +22,14 @@ from collections.abc import Callable, Iterable
 
 import structlog
 from headrace.backends.api import Row, StepModel
-from headrace.backends.errors import BackendError, DeadlineExceeded, HeadraceError, QueueFull, QueueTimeout
+from headrace.backends.errors import (
+    BackendError,
+    BackendUnavailable,
+    DeadlineExceeded,
+    HeadraceError,
+    QueueFull,
+    QueueTimeout,
+)
 from headrace.backends.types import (
     Attempt,
     AttemptOutcome,
@@ -48,6 +55,8 @@ _MAX_PENDING_EVENTS = 64
 """Events a reader may be behind before its sequences stand still."""
 _IDLE_CHUNK_TOKENS = 256
 """Prompt tokens of a step in which no stream runs; a cancel waits for one step."""
+_LONGEST_WAIT = 3600.0
+"""Seconds the thread waits at most; callers may set limits of ten thousand years, which no queue takes."""
 
 ENGINE_OPTIONS = frozenset(
     {
@@ -187,17 +196,18 @@ class Engine:
         done = asyncio.Event()
 
         def finish() -> None:
-            for sequence in list(self._scheduler):
-                self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
-            self._loop.call_soon_threadsafe(done.set)
+            try:
+                for sequence in list(self._scheduler):
+                    self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
+            finally:
+                self._loop.call_soon_threadsafe(done.set)
 
         self._commands.put(finish)
         await done.wait()
 
     async def close(self) -> None:
         """Stops the thread and frees the model. No call is running."""
-        self._closing = True
-        self._wake()
+        self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
         self.model.close()
 
@@ -275,6 +285,10 @@ class Engine:
                 self._commands.get(timeout=self._seconds_to_expiry())()
             while True:
                 self._commands.get_nowait()()
+
+    def _stop(self) -> None:
+        """Ends the thread, after all that was asked for before."""
+        self._closing = True
 
     def _add(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -418,7 +432,7 @@ class Engine:
         times = [sequence.expires_at for sequence in self._scheduler]
         times += [sequence.queue_until for sequence in self._scheduler.waiting()]
         next_time = min((time for time in times if time is not None), default=None)
-        return None if next_time is None else max(0.0, next_time - self._clock())
+        return None if next_time is None else min(max(0.0, next_time - self._clock()), _LONGEST_WAIT)
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """Ends a choice, and with it its call, with an error."""
@@ -427,10 +441,9 @@ class Engine:
 
     def _fail_all(self, sequences: Iterable[Sequence], error: Exception) -> None:
         self._log.error("step_failed", exc_info=error)
-        public = error if isinstance(error, BackendError) else BackendError("the model failed")
         for sequence in sequences:
             try:
-                self._fail(sequence, public)
+                self._fail(sequence, _public(error))
             except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
                 self._log.error("release_failed", exc_info=second)
 
@@ -462,6 +475,14 @@ class Engine:
             self._prefill_rates.append(sequence.num_prompt_tokens / (meter.first_token - meter.started))
         if sequence.num_output_tokens > 1 and meter.last_token > meter.first_token:
             self._decode_rates.append((sequence.num_output_tokens - 1) / (meter.last_token - meter.first_token))
+
+
+def _public(error: Exception) -> BackendError:
+    """What a caller is told. A new one for each: an exception gathers the tracebacks of all who raise it."""
+    if not isinstance(error, BackendError):
+        return BackendError("the model failed")
+    kind = BackendUnavailable if isinstance(error, BackendUnavailable) else BackendError
+    return kind(error.message)
 
 
 def _forbidden(sequence: Sequence) -> tuple[int, ...]:

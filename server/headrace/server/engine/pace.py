@@ -28,7 +28,7 @@ class Pacer:
         """Prompt tokens for the next step, beside ``num_decodes`` running streams."""
         if num_decodes == 0:
             return self._largest
-        if self._decode_seconds is None or self._seconds_per_token is None:
+        if not self._decode_seconds or not self._seconds_per_token:  # not measured, or by a clock that stands still
             return self._smallest
         tokens = int(_MAX_STRETCH * self._decode_seconds / self._seconds_per_token)
         return max(self._smallest, min(tokens, self._largest))

@@ -44,8 +44,8 @@ class Scheduler:
     """Sequences wait in order of latency class, priority and arrival, then run until they are removed.
 
     A sequence starts when there is a free slot and room for all the tokens it can ever have, so it never has to stop
-    for want of memory; none overtakes one that waits for room. Slots are given lowest first, which keeps a batch's slots
-    close to each other.
+    for want of memory; none overtakes one that waits for room. Slots are given lowest first, which keeps a
+    batch's slots close to each other.
     """
 
     def __init__(self, limits: Limits) -> None:

@@ -13,8 +13,8 @@ class EventStream:
     """A bounded queue with one writer, the engine, and one reader.
 
     The engine asks ``is_full`` before it runs a sequence, so a slow reader stops its own sequences and nobody else's.
-    It never has to drop or block: an event that was made is always taken. Counters have one writer each; that is all the
-    synchronisation there is.
+    It never has to drop or block: an event that was made is always taken. Counters have one writer each; that is all
+    the synchronisation there is.
     """
 
     def __init__(self, limit: int, on_room: Callable[[], None]) -> None:

@@ -47,13 +47,11 @@ class TextAssembler:
         return text
 
     def _first_match(self, num_seen: int) -> tuple[int, str] | None:
-        """The stop sequence that is complete first beyond the ``num_seen`` characters that were held before, the longest
-        of several: where it starts, and which it is.
+        """The stop sequence that is complete first, the longest of several: where it starts, and which it is. One that
+        was complete in the first ``num_seen`` characters came before its time.
         """
         found = [
-            (at, stop)
-            for stop in self._stops
-            if (at := self._held.find(stop, max(0, num_seen + 1 - len(stop)))) >= 0
+            (at, stop) for stop in self._stops if (at := self._held.find(stop, max(0, num_seen + 1 - len(stop)))) >= 0
         ]
         return min(found, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
 

@@ -9,22 +9,29 @@ from headrace.backends.errors import Draining, Overloaded
 from headrace.backends.types import Call, Events, Handler
 
 
-def limit_calls(inner: Handler, *, max_calls: int, is_draining: Callable[[], bool]) -> Handler:
-    """Refuses calls beyond ``max_calls`` at once, and every new call while the server is stopping."""
-    in_flight = 0
+class CallCeiling:
+    """Counts the calls in flight over every handler that it limits."""
 
-    async def handle(call: Call) -> Events:
-        nonlocal in_flight
-        if is_draining():
-            raise Draining()
-        if in_flight >= max_calls:
-            raise Overloaded(f"{max_calls} calls are in flight, as many as the server takes", retry_after=1.0)
-        in_flight += 1
-        try:
-            async with aclosing(inner(call)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            in_flight -= 1
+    def __init__(self, max_calls: int, is_draining: Callable[[], bool]) -> None:
+        self._max_calls = max_calls
+        self._is_draining = is_draining
+        self._in_flight = 0
 
-    return handle
+    def limit(self, inner: Handler) -> Handler:
+        """Refuses calls beyond the ceiling at once, and every new call while the server is stopping."""
+
+        async def handle(call: Call) -> Events:
+            if self._is_draining():
+                raise Draining()
+            if self._in_flight >= self._max_calls:
+                message = f"{self._max_calls} calls are in flight, as many as the server takes"
+                raise Overloaded(message, retry_after=1.0)
+            self._in_flight += 1
+            try:
+                async with aclosing(inner(call)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                self._in_flight -= 1
+
+        return handle

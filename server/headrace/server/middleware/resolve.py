@@ -10,8 +10,8 @@ from headrace.server.registry import ModelRegistry, Served
 
 
 def resolve(inner: Handler, *, registry: ModelRegistry) -> Handler:
-    """Sets ``call.model``. Raises ModelNotFound, Loading, BackendUnavailable if it could not be loaded, UnsupportedOption, or
-    InvalidArgument for what exceeds the model's limits.
+    """Sets ``call.model``. Raises ModelNotFound, Loading, BackendUnavailable if it could not be loaded,
+    UnsupportedOption, or InvalidArgument for what exceeds the model's limits.
     """
 
     async def handle(call: Call) -> Events:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from headrace.backends.api import DeterminismClass, ModelCard
 from headrace.backends.types import Handler, Principal, Sampling
+from headrace.server.registry import ModelState
 
 T = TypeVar("T")
-
-
-class ModelState(enum.Enum):
-    """Whether a model can serve; the names are those of the proto's ModelState."""
-
-    LOADING = 1
-    READY = 2
-    FAILED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from headrace.backends.errors import Draining, InvalidArgument, Overloaded, QueueTimeout
 from headrace.backends.types import Call, LatencyClass
 from headrace.server.rpc.answer import usage_message
-from headrace.server.rpc.calls import NO_REQUEST, Calls, Rpc, parse, run_in_front, tokens_for_log
+from headrace.server.rpc.calls import NO_REQUEST, Calls, Rpc, convert, parse, run_in_front, tokens_for_log
 from headrace.server.rpc.convert import request_id_of, to_request
 from headrace.server.rpc.generation import SPEC_PREFIX, Generation, refuse_stream_options
 from headrace.server.rpc.options import unknown_fields
@@ -131,7 +131,11 @@ class _Stream:
             if (label := request_id_of(message.spec)) is not None:
                 call.request_id = label
                 bind_contextvars(request_id=label)
-            call.request = to_request(message, default_latency_class=LatencyClass.BATCH)
+            call.request = await convert(
+                self.batch.calls.application,
+                raw,
+                lambda: to_request(message, default_latency_class=LatencyClass.BATCH),
+            )
             refuse_stream_options(call)
             async with self.batch.generation.measured(call):
                 result = await self._generate(call)

@@ -20,7 +20,8 @@ from headrace.server.rpc.answer import (
     report_message,
     usage_message,
 )
-from headrace.server.rpc.calls import Rpc, parse
+from headrace.server.rpc.application import Application
+from headrace.server.rpc.calls import Rpc, convert, parse
 from headrace.server.rpc.convert import request_id_of, to_request
 from headrace.server.rpc.status import reason_of
 from headrace.v1 import generation_pb2 as pb
@@ -33,7 +34,7 @@ SPEC_PREFIX = "spec."
 class Generation:
     """Runs generations through the application's chain."""
 
-    generate: Handler
+    application: Application
     metrics: Metrics
     clock: Callable[[], float]
 
@@ -42,7 +43,7 @@ class Generation:
         message = parse(pb.GenerateRequest, raw)
         rpc.field_prefix = SPEC_PREFIX
         rpc.label(request_id_of(message.spec))
-        call = rpc.begin(to_request(message))
+        call = rpc.begin(await convert(self.application, raw, lambda: to_request(message)))
         refuse_stream_options(call)
         async with self.measured(call):
             return await self.collect(call)
@@ -52,7 +53,7 @@ class Generation:
         message = parse(pb.GenerateStreamRequest, raw)
         rpc.field_prefix = SPEC_PREFIX
         rpc.label(request_id_of(message.spec))
-        call = rpc.begin(to_request(message))
+        call = rpc.begin(await convert(self.application, raw, lambda: to_request(message)))
         async with self.measured(call):
             await self._stream(rpc, call)
 
@@ -62,7 +63,7 @@ class Generation:
             partial(ChoiceBuilder, token_ids=call.request.response.token_ids)
         )
         num_output_tokens = 0
-        async with aclosing(_checked_events(self.generate, call)) as events:
+        async with aclosing(_checked_events(self.application.generate, call)) as events:
             async for event in events:
                 builders[event.choice].add(event)
                 if isinstance(event, Delta):
@@ -102,7 +103,7 @@ class Generation:
             await rpc.write(message)
 
         next_usage = wanted.usage_interval
-        async with aclosing(_checked_events(self.generate, call)) as events:
+        async with aclosing(_checked_events(self.application.generate, call)) as events:
             async for event in events:
                 if sequence == 0 and wanted.echo:
                     await send(pb.GenerateStreamResponse(prompt=prompt_message(call)))

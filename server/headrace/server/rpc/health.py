@@ -59,13 +59,16 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(  # noqa: N802 - grpc's name
         self, request: health_pb2.HealthCheckRequest, context: HealthContext
     ) -> None:
+        """Sends the status, and again whenever it changes; ends after ``stop``."""
         last = None
         while True:
-            changed = self._changed
+            changed, stopped = self._changed, self._stopped
             status = self._statuses.get(request.service, _UNKNOWN)
             if status != last:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 last = status
+            if stopped:
+                return
             await changed.wait()
 
     def _tell(self) -> None:

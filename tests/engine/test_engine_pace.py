@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from headrace.server.engine.pace import Pacer
+
+
+def test_without_streams_a_step_takes_as_many_prompt_tokens_as_it_may() -> None:
+    assert Pacer(smallest=16, largest=256).chunk_budget(0) == 256
+
+
+def test_before_anything_was_measured_streams_get_the_smallest_chunk_beside_them() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    assert pacer.chunk_budget(1) == 16
+    pacer.saw_decodes(0.02)
+    assert pacer.chunk_budget(1) == 16
+
+
+def test_a_step_with_chunks_takes_at_most_three_times_as_long_as_one_without() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    for _ in range(50):
+        pacer.saw_decodes(0.040)
+        pacer.saw_chunks(100, 0.080)
+    budget = pacer.chunk_budget(8)
+    assert 0.040 + budget * 0.0008 <= 3 * 0.040
+    assert budget > 50, "and is not timid either"
+
+
+def test_budgets_stay_within_their_bounds_and_follow_what_is_measured() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    pacer.saw_decodes(1.0)
+    pacer.saw_chunks(100, 0.001)
+    assert pacer.chunk_budget(1) == 256
+    for _ in range(50):
+        pacer.saw_chunks(16, 10.0)
+    assert pacer.chunk_budget(1) == 16
+
+
+def test_a_clock_that_stands_still_is_no_trouble() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    pacer.saw_decodes(0.0)
+    pacer.saw_chunks(100, 0.0)
+    assert pacer.chunk_budget(1) == 16
