@@ -1,7 +1,8 @@
 """Measures which share of a step at 32 rows sampling takes. Limit: 5 %.
 
-Every row has a prompt of 128 tokens and goes on with what was sampled. The kinds take turns, step by step, so each kind
-sees the same lengths and the same noise. A share is sampling / (sampling + the model's step).
+Every row is a story that the model is asked for, and goes on with what was sampled: how flat the distributions are
+decides what sampling costs. The kinds take turns, step by step, so each kind sees the same lengths and the same noise.
+A share is sampling / (sampling + the model's step).
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from pathlib import Path
 
 import machine
 from figures import with_interval
+
 from headrace.backends.api import BackendContext, Row, StepModel
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
-from headrace.backends.types import Sampling
+from headrace.backends.types import ChatInput, ChatMessage, Role, Sampling
 from headrace.server.engine.sampler import SamplingState, sample
-from workload import prompt
 
 _KINDS: Mapping[str, tuple[Sampling, int | None]] = {
     "greedy": (Sampling(temperature=0.0), None),
     "temperature 0.8": (Sampling(temperature=0.8), None),
+    "temperature 1": (Sampling(temperature=1.0), None),
+    "temperature 1, top_p 0.95": (Sampling(temperature=1.0, top_p=0.95), None),
     "temperature 0.8, top_p 0.95": (Sampling(temperature=0.8, top_p=0.95), None),
     "temperature 0.8, top_k 40": (Sampling(temperature=0.8, top_k=40), None),
     "temperature 0.8, top_k 40, top_p 0.95, min_p 0.05": (
@@ -42,7 +45,10 @@ _KINDS: Mapping[str, tuple[Sampling, int | None]] = {
     "greedy, logprobs of the likeliest 5": (Sampling(temperature=0.0), 5),
 }
 """Name: options, and how many of the likeliest tokens are reported (None: no log-probabilities)."""
-_PROMPT_TOKENS = 128
+_HEROES = ("miller", "fox", "lighthouse", "chess player", "river", "clockmaker", "comet", "violin")
+_TOKENS_BEFORE = 128
+"""Tokens of a row when measuring begins."""
+_KIND_BEFORE = "temperature 0.8, top_p 0.95"
 
 
 def main() -> None:
@@ -58,7 +64,7 @@ def main() -> None:
     options = OnnxOptions(threads=arguments.threads, max_running=arguments.rows)
     model = OnnxBackend(options, BackendContext(arguments.models_dir)).load(arguments.model)
     facts["model"] = f"{model.card.name} {model.card.quantization}, onnxruntime {version('onnxruntime')}"
-    facts["rows"] = f"{arguments.rows}, of {_PROMPT_TOKENS} to {_PROMPT_TOKENS + arguments.rounds * len(_KINDS)} tokens"
+    facts["rows"] = f"{arguments.rows}, of {_TOKENS_BEFORE} to {_TOKENS_BEFORE + arguments.rounds * len(_KINDS)} tokens"
     machine.print_header(facts)
     seconds = _measure(model, arguments.rows, arguments.rounds)
     model.close()
@@ -74,28 +80,36 @@ def main() -> None:
 
 def _measure(model: StepModel, num_rows: int, num_rounds: int) -> dict[str, list[tuple[float, float]]]:
     """For each kind the seconds of model and sampling, step by step."""
-    slots = range(num_rows)
-    sequences = [list(model.tokenizer.encode(prompt(slot, _PROMPT_TOKENS)).ids[:_PROMPT_TOKENS]) for slot in slots]
+    sequences = [list(_prompt(model, number)) for number in range(num_rows)]
     states = {kind: _states(kind, sequences) for kind in _KINDS}
     for slot, tokens in enumerate(sequences):
-        model.reserve(slot, _PROMPT_TOKENS + num_rounds * len(_KINDS) + 1)
-        size = model.max_chunk // model.chunk_alignment * model.chunk_alignment
-        for start in range(0, len(tokens) - 1, size):
-            model.step([Row(slot, start, tokens[start : min(start + size, len(tokens) - 1)], wants_logits=False)])
+        model.reserve(slot, _TOKENS_BEFORE + num_rounds * len(_KINDS) + 1)
+        model.step([Row(slot, 0, tokens[:-1], wants_logits=False)])
+    while min(map(len, sequences)) < _TOKENS_BEFORE:
+        _step(model, sequences, states[_KIND_BEFORE])
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
-    for number in range(num_rounds):
+    for _ in range(num_rounds):
         for kind in _KINDS:
-            rows = [Row(slot, len(sequences[slot]) - 1, sequences[slot][-1:], wants_logits=True) for slot in slots]
-            began = time.perf_counter()
-            logits = model.step(rows)
-            stepped = time.perf_counter()
-            sampled = sample(logits, states[kind], [()] * num_rows)
-            ended = time.perf_counter()
-            for tokens, one in zip(sequences, sampled, strict=True):
-                tokens.append(one.token_id)
-            if number > 0:  # the first round is the warm-up
-                seconds[kind].append((stepped - began, ended - stepped))
+            seconds[kind].append(_step(model, sequences, states[kind]))
     return seconds
+
+
+def _prompt(model: StepModel, number: int) -> Sequence[int]:
+    question = f"Tell me a long story about a {_HEROES[number % len(_HEROES)]}, number {number}."
+    return model.tokenizer.encode_chat(ChatInput((ChatMessage(Role.USER, question),))).ids
+
+
+def _step(model: StepModel, sequences: Sequence[list[int]], states: Sequence[SamplingState]) -> tuple[float, float]:
+    """Appends a token to every sequence; gives the seconds of the model and of sampling."""
+    rows = [Row(slot, len(tokens) - 1, tokens[-1:], wants_logits=True) for slot, tokens in enumerate(sequences)]
+    began = time.perf_counter()
+    logits = model.step(rows)
+    stepped = time.perf_counter()
+    sampled = sample(logits, states, [()] * len(rows))
+    ended = time.perf_counter()
+    for tokens, one in zip(sequences, sampled, strict=True):
+        tokens.append(one.token_id)
+    return stepped - began, ended - stepped
 
 
 def _states(kind: str, prompts: Sequence[Sequence[int]]) -> list[SamplingState]:

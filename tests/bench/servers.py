@@ -32,7 +32,7 @@ def running(command: str) -> Iterator[int]:
             yield process.pid
         except BaseException:
             output.seek(0)
-            print(f"--- the last that {words[0]!r} said:", *output.readlines()[-20:], sep="\n", file=sys.stderr)
+            print(f"--- the last that {words[0]!r} said:\n", *output.readlines()[-20:], sep="", file=sys.stderr)
             raise
         finally:
             _end(process)

@@ -19,8 +19,9 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from pathlib import Path
 from typing import Any, Protocol
 
-from headrace.client import AsyncClient, HeadraceError
 from workload import Answer
+
+from headrace.client import AsyncClient, HeadraceError
 
 _SECONDS_TO_START = 300
 _SECONDS_BETWEEN_TRIES = 0.5

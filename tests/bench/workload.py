@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-_WORDS = (
+_TEXT = (
     "the of and to in is that for on with as are at be this from or have an they which one all were there can more"
     " about people when some would time other into only could new them see him now out up first way also after water"
     " any between work day where most through back much long great world year state still own"
-).split()  # noqa: SIM905  # a list of words has a line for each
+)
+_WORDS = _TEXT.split()
 
 
 def prompt(number: int, num_tokens: int) -> str:

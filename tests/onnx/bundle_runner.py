@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from headrace.backends.onnx.bundle import Manifest, read_manifest
 from numpy.typing import NDArray
+
+from headrace.backends.onnx.bundle import Manifest, read_manifest
 
 CAPACITY = 256
 
@@ -21,7 +22,9 @@ class Runner:
         self.manifest: Manifest = read_manifest(folder)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 2
-        self.session = session or ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self.session = session or ort.InferenceSession(
+            folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
         shape = (num_slots, self.manifest.num_kv_heads, CAPACITY, self.manifest.head_size)
         self.cache = {
             f"{part}.{i}": np.full(shape, 0.25, np.float32) for i in range(self.manifest.num_layers) for part in "kv"

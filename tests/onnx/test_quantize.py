@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from headrace.backends.onnx.quantize import ZERO_POINT, quantize_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from headrace.backends.onnx.quantize import ZERO_POINT, quantize_blocks
 
 BLOCK = 16
 weights = hnp.arrays(

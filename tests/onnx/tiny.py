@@ -8,8 +8,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from headrace.backends.tokenizer import _BYTES_OF_CHARACTERS
 from numpy.typing import NDArray
+
+from headrace.backends.tokenizer import _BYTES_OF_CHARACTERS
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, FFN, CONTEXT = 2, 64, 2, 1, 32, 128, 512
 EPSILON, ROPE_BASE = 1e-5, 10000.0
@@ -21,6 +22,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim }}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def quietly(what: str, done: float) -> None:
+    """Takes the progress of a build and does nothing with it."""
+
 
 Changes = Mapping[str, Any]
 """What to set; None leaves a key or tensor out."""
@@ -35,7 +41,21 @@ def byte_level_vocabulary() -> tuple[list[str], list[int]]:
 
 def sentence_piece_metadata() -> dict[str, Any]:
     """Metadata of a SentencePiece tokenizer, for ``write_gguf``."""
-    words = ["▁", "▁h", "▁he", "ll", "▁hell", "▁hello", "▁w", "or", "ld", "▁wor", "▁world", "é", *"abcdefghilmnorstuwx<|>_"]
+    words = [
+        "▁",
+        "▁h",
+        "▁he",
+        "ll",
+        "▁hell",
+        "▁hello",
+        "▁w",
+        "or",
+        "ld",
+        "▁wor",
+        "▁world",
+        "é",
+        *"abcdefghilmnorstuwx<|>_",
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     return {
         "tokenizer.ggml.model": "llama",

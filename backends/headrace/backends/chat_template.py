@@ -17,12 +17,13 @@ from itertools import pairwise
 from typing import Any
 
 import jinja2
-from headrace.backends.errors import InvalidArgument
-from headrace.backends.types import ChatInput, ChatMessage, ToolDefinition
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from headrace.backends.errors import InvalidArgument
+from headrace.backends.types import ChatInput, ChatMessage, ToolDefinition
 
 _GUARDS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 """Noncharacters: Unicode keeps them for uses like this one, so they are hardly ever in a text."""
@@ -102,7 +103,7 @@ class ChatTemplate:
             # A template can put a mark together from parts of the caller's text, by cutting something out between them.
             # Then it would be missing here, where no mark can begin in the caller's text.
             blank = dict.fromkeys(map(ord, self._first_characters), guard)
-            if _marks(laid_out) != _marks(pieces(lambda text: text.translate(blank))):
+            if _marks(laid_out) != _marks(pieces(lambda text: self._guarded(text, guard).translate(blank))):
                 raise InvalidArgument("chat", "holds text that this model's template would make special tokens of")
         return laid_out
 

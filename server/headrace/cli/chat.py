@@ -12,6 +12,7 @@ import click
 from headrace.cli.connection import Connection, connect, connection_options, describe
 from headrace.cli.errors import CliError
 from headrace.cli.generation_options import generation_options, spec_of
+from headrace.cli.interrupt import ctrl_c_cancels
 from headrace.cli.output import summary, write_note, write_text
 from headrace.client import Client, Finish, HeadraceError, Message, TextDelta
 
@@ -82,7 +83,7 @@ class Conversation:
         """Writes an answer, and appends its pieces before they are seen: what was seen can be stopped."""
         finishes: list[Finish] = []
         spec = spec_of(self.messages, self.options)
-        with self.client.stream(spec=spec, timeout=self.connection.timeout) as events:
+        with self.client.stream(spec=spec, timeout=self.connection.timeout) as events, ctrl_c_cancels(events):
             for event in events:
                 if isinstance(event, TextDelta) and event.choice_index == 0 and event.text:
                     answer.append(event.text)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.generation_options import generation_options, spec_of
+from headrace.cli.interrupt import ctrl_c_cancels
 from headrace.cli.output import event_fields, summary, write_json, write_note, write_text
 from headrace.cli.prompt import read_prompt
 from headrace.client import Completion, Finish, Message, PromptEcho, Stream, TextDelta
@@ -60,7 +61,7 @@ def generate(
             completion = client.generate(spec=spec, timeout=connection.timeout)
             _write_completion(completion, as_json=as_json)
             return
-        with client.stream(spec=spec, timeout=connection.timeout) as events:
+        with client.stream(spec=spec, timeout=connection.timeout) as events, ctrl_c_cancels(events):
             if as_json:
                 for event in events:
                     write_json(event_fields(events.sequence, event))

@@ -61,20 +61,24 @@ class App:
         return self._ceiling.limit(handler)
 
     def offers(self) -> list[tuple[Backend, ModelCard]]:
-        """The models that the settings name, or all there are. Raises SettingsError if one is not there."""
+        """The models that the settings name, or all there are. Raises SettingsError if one is not there, or twice."""
         offers = [(backend, card) for backend in self._backends for card in backend.list_models()]
-        names = [card.name for _, card in offers]
-        wanted = self.settings.models
-        for setting, name in [("models", name) for name in wanted or ()] + [
-            ("default_model", self.settings.default_model)
-        ]:
-            if name is not None and name not in names:
-                raise SettingsError(f"{setting}: no model {name!r}; there is {', '.join(names) or 'none'}")
         if not offers:
             raise SettingsError(
                 f"models_dir: no model in {self.settings.models_dir}; build one: headrace models build smollm2-135m"
             )
-        return [offer for offer in offers if wanted is None or offer[1].name in wanted]
+        wanted, default = self.settings.models, self.settings.default_model
+        _check_names("models", wanted or (), offers)
+        offers = [offer for offer in offers if wanted is None or offer[1].name in wanted]
+        _check_names("default_model", () if default is None else (default,), offers)
+        owners: dict[str, str] = {}
+        for backend, card in offers:
+            if card.name in owners:
+                raise SettingsError(
+                    f"models: {card.name!r} is offered by backend {owners[card.name]!r} and by {backend.name!r}"
+                )
+            owners[card.name] = backend.name
+        return offers
 
     async def load(self) -> None:
         """Loads the models of ``offers``, which it may raise the errors of."""
@@ -105,6 +109,13 @@ async def running_app(settings: Settings, *, authenticator: Authenticator | None
         yield app
     finally:
         await app.close()
+
+
+def _check_names(setting: str, names: Sequence[str], offers: Sequence[tuple[Backend, ModelCard]]) -> None:
+    there = [card.name for _, card in offers]
+    for name in names:
+        if name not in there:
+            raise SettingsError(f"{setting}: no model {name!r}; there is {', '.join(there) or 'none'}")
 
 
 def _make_backends(settings: Settings, plugins: Sequence[Plugin]) -> list[Backend]:

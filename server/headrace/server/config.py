@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from headrace.backends.paths import default_models_dir
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 
@@ -76,6 +76,12 @@ class Settings(BaseSettings):
         default_factory=dict, description="Settings of backends, by name: [backends.onnx] threads = 4."
     )
 
+    @field_validator("metrics_listen", "models", "default_model", "plugins", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """TOML has no null."""
+        return None if value == "none" else value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -110,7 +116,8 @@ def describe(error: ValidationError, accepted: Mapping[str, Any], prefix: str = 
     for problem in error.errors():
         name = prefix + ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{name}: no such setting; there is {', '.join(accepted)}")
+            there = f"; there is {', '.join(accepted)}" if len(problem["loc"]) == 1 else ""
+            lines.append(f"{name}: no such setting{there}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{name}: {message}, got {problem['input']!r}")

@@ -55,8 +55,11 @@ def _load(entry: EntryPoint) -> Plugin:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
-        manager.register(entry.load(), entry.name)
+        plugin = entry.load()
+        manager.register(plugin, entry.name)
         manager.check_pending()
+        if not manager.get_hookcallers(plugin):
+            raise PluginError("implements no hook; hooks are marked with @headrace.backends.hookspecs.hookimpl")
         backends = [backend for group in manager.hook.headrace_backends() for backend in group]
     except Exception as error:
         raise PluginError(f"{where}: {error}") from error
@@ -74,7 +77,9 @@ def _problem(backend: Any) -> str | None:
     if not isinstance(name, str) or not name.isidentifier():
         return f"{backend.__name__}.name must be an identifier, got {name!r}"
     version = getattr(backend, "api_version", None)
-    if not isinstance(version, tuple) or version[:1] != API_VERSION[:1] or version > API_VERSION:
+    if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(part, int) for part in version)):
+        return f"backend {name!r}: api_version must be a pair of integers, got {version!r}"
+    if version[0] != API_VERSION[0] or version > API_VERSION:
         return f"backend {name!r} speaks API version {version}, this server {API_VERSION}"
     options = getattr(backend, "Options", None)
     if not (inspect.isclass(options) and issubclass(options, BaseModel)):
@@ -83,3 +88,4 @@ def _problem(backend: Any) -> str | None:
         if not callable(getattr(backend, method, None)):
             return f"backend {name!r} has no method {method}"
     return None
+

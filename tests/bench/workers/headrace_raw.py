@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from answering import Measure, answer
+
 from headrace.backends.api import BackendContext, Row, StepModel
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
 

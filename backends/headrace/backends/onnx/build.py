@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
 from headrace.backends.onnx import bundle
 from headrace.backends.onnx.bundle import Manifest, ModelFileError
 from headrace.backends.onnx.catalog import CATALOG, fetch
 from headrace.backends.tokenizer import HuggingFaceTokenizer
-from numpy.typing import NDArray
 
 CHUNK_SIZE = 64
 """Prompts are cut at multiples of this, always, and so a prompt's logits depend on nothing else that runs. Small enough

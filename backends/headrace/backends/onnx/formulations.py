@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from headrace.backends.onnx.quantize import quantize_blocks
 from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder
-from numpy.typing import NDArray
 
 BLOCK_SIZE = 64
 """Of int8 weights, along the inputs. 32 loses less but is slower; with 128 a row's bits depend on its neighbours."""

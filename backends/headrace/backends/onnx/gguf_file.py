@@ -17,8 +17,9 @@ from typing import Any, Self
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from headrace.backends.onnx.bundle import ModelFileError
 from numpy.typing import NDArray
+
+from headrace.backends.onnx.bundle import ModelFileError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from headrace.backends.onnx.bundle import ModelFileError
 from headrace.backends.onnx.gguf_file import GgufFile
 from headrace.backends.onnx.graph import DecoderConfig, weight_shapes
-from numpy.typing import NDArray
 
 ARCHITECTURE = "llama"
 

@@ -26,10 +26,11 @@ from functools import partial
 
 import numpy as np
 import onnx
-from headrace.backends.onnx.formulations import Formulation, Matrix
-from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder, WeightFile
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+
+from headrace.backends.onnx.formulations import Formulation, Matrix
+from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder, WeightFile
 
 Weights = Callable[[str], NDArray[np.float32]]
 """Reads a weight by its name in ``weight_shapes``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 _TOUCH_TOKENS = 128
-"""Pages are made ready in steps of this many tokens, ahead of use: a page fault inside a step costs up to ten times the
+"""Pages are made ready in steps of about this many tokens, ahead of use: a page fault inside a step costs up to ten times the
 attention it serves."""
 
 
@@ -35,8 +36,10 @@ class KvMemory:
     def __init__(
         self, *, num_layers: int, num_slots: int, num_kv_heads: int, capacity: int, head_size: int, num_tokens: int
     ) -> None:
-        per_page = max(1, mmap.PAGESIZE // (head_size * 4))
-        self.capacity = -(-capacity // per_page) * per_page
+        # Only whole pages can be given back: so many tokens of a head fill some.
+        per_pages = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, head_size * 4)
+        self._touch_tokens = _round_up(_TOUCH_TOKENS, per_pages)
+        self.capacity = _round_up(capacity, per_pages)
         self.num_tokens = num_tokens
         size = num_slots * self.capacity * num_layers * 2 * num_kv_heads * head_size * 4
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -70,7 +73,7 @@ class KvMemory:
         resident = self._resident[slot]
         if num_tokens <= resident:
             return
-        wanted = min(-(-num_tokens // _TOUCH_TOKENS) * _TOUCH_TOKENS, self.capacity)
+        wanted = min(_round_up(num_tokens, self._touch_tokens), self.capacity)
         spare = self.num_tokens - sum(self._resident) - (wanted - resident)
         for other in reversed(range(len(self._resident))):
             if spare >= 0:
@@ -82,7 +85,7 @@ class KvMemory:
 
     def _drop(self, slot: int, *, keep: int) -> int:
         """Gives a slot's pages beyond ``keep`` tokens back; returns how many tokens' pages that were."""
-        keep = -(-keep // _TOUCH_TOKENS) * _TOUCH_TOKENS
+        keep = _round_up(keep, self._touch_tokens)
         surplus = self._resident[slot] - keep
         if surplus <= 0:
             return 0
@@ -98,3 +101,7 @@ class KvMemory:
         """Unmaps the memory. No session may be using it."""
         del self._cells
         self._map.close()
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step

@@ -95,7 +95,10 @@ class GraphBuilder:
 
     def model(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
         """The finished model."""
-        graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, list(self._initializers.values()))
+        # A tensor may have been asked for only to be viewed in another shape.
+        used = {name for node in self._nodes for name in node.input}
+        initializers = [tensor for name, tensor in self._initializers.items() if name in used]
+        graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, initializers)
         opsets = [helper.make_opsetid(*opset) for opset in _OPSETS]
         model: onnx.ModelProto = helper.make_model(
             graph, ir_version=_IR_VERSION, opset_imports=opsets, producer_name="headrace"

@@ -40,6 +40,8 @@ def make_prompt(source: Input, model: Model) -> Prompt:
         case ChatInput():
             encoding = tokenizer.encode_chat(source)
         case TokenIdsInput(ids):
+            if not ids:
+                raise InvalidArgument("token_ids.ids", "must have at least one token id")
             for i, token_id in enumerate(ids):
                 if token_id >= tokenizer.vocabulary_size:
                     problem = f"must be below the vocabulary size {tokenizer.vocabulary_size}, got {token_id}"

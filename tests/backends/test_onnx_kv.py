@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from headrace.backends.onnx.kv import _TOUCH_TOKENS, KvMemory
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+LAYERS, SLOTS, HEADS, CAPACITY, HEAD_SIZE = 3, 6, 2, 4096, 64
+TOKEN_BYTES = LAYERS * 2 * HEADS * HEAD_SIZE * 4
+
+
+def make(num_tokens: int = 2000, *, head_size: int = HEAD_SIZE, capacity: int = CAPACITY) -> KvMemory:
+    return KvMemory(
+        num_layers=LAYERS,
+        num_slots=SLOTS,
+        num_kv_heads=HEADS,
+        capacity=capacity,
+        head_size=head_size,
+        num_tokens=num_tokens,
+    )
+
+
+@pytest.fixture
+def kv() -> Iterator[KvMemory]:
+    memory = make()
+    yield memory
+    memory.close()
+
+
+def physical_bytes(memory: KvMemory) -> int:
+    """What the operating system says it has given to the mapping."""
+    start, size = memory.address(0, 0, 0), memory._cells.nbytes
+    total, inside = 0, False
+    with open("/proc/self/smaps") as smaps:  # noqa: PTH123  # a file of the kernel's
+        for line in smaps:
+            first = line.split()[0]
+            if "-" in first and not first.endswith(":"):
+                low, high = (int(part, 16) for part in first.split("-"))
+                inside = low < start + size and high > start
+            elif inside and first == "Rss:":
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def rounded(num_tokens: int) -> int:
+    return -(-num_tokens // _TOUCH_TOKENS) * _TOUCH_TOKENS
+
+
+def test_memory_is_physical_only_where_it_is_used(kv: KvMemory) -> None:
+    before = physical_bytes(kv)
+    kv.reserve(2, 1000)
+    assert physical_bytes(kv) == before, "a reservation takes nothing yet"
+    kv.touch(2, 300)
+    assert physical_bytes(kv) - before == rounded(300) * TOKEN_BYTES
+    kv.touch(2, 200)
+    assert physical_bytes(kv) - before == rounded(300) * TOKEN_BYTES
+    kv.touch(2, 1000)
+    assert physical_bytes(kv) - before == rounded(1000) * TOKEN_BYTES
+
+
+def test_a_short_sequence_after_a_long_one_gives_the_rest_back(kv: KvMemory) -> None:
+    before = physical_bytes(kv)
+    kv.reserve(0, 1900)
+    kv.touch(0, 1900)
+    kv.release(0)
+    assert physical_bytes(kv) - before == rounded(1900) * TOKEN_BYTES, "kept for the next sequence"
+    kv.reserve(0, 100)
+    assert physical_bytes(kv) - before == rounded(100) * TOKEN_BYTES
+    kv.touch(0, 100)
+    assert physical_bytes(kv) - before == rounded(100) * TOKEN_BYTES
+
+
+def test_released_slots_give_their_pages_to_those_in_use(kv: KvMemory) -> None:
+    for slot in (0, 1, 2):
+        kv.reserve(slot, 600)
+        kv.touch(slot, 600)
+    kv._cells[:, :, 0] = 7
+    kv.release(1)
+    kv.release(2)
+    kv.reserve(3, 1300)
+    kv.touch(3, 1300)
+    assert sum(kv._resident) <= 2000 + 2 * _TOUCH_TOKENS
+    assert kv._resident[0] == rounded(600)
+    assert (kv._cells[:, :, 0, :, :600] == 7).all(), "a slot in use keeps what it has"
+
+
+def test_a_slot_keeps_its_cells_while_it_grows(kv: KvMemory) -> None:
+    kv.reserve(1, 1000)
+    kv.touch(1, 100)
+    kv._cells[:, :, 1, :, :100] = 3
+    kv.touch(1, 1000)
+    assert (kv._cells[:, :, 1, :, :100] == 3).all()
+
+
+def test_slots_do_not_overlap_and_follow_one_another(kv: KvMemory) -> None:
+    span = HEADS * kv.capacity * HEAD_SIZE * 4
+    starts = [kv.address(layer, part, slot) for layer in range(LAYERS) for part in (0, 1) for slot in range(SLOTS)]
+    assert starts == [starts[0] + i * span for i in range(len(starts))]
+
+
+def test_what_is_written_in_one_slot_is_in_no_other(kv: KvMemory) -> None:
+    for slot in range(3):
+        kv.reserve(slot, 600)
+        kv.touch(slot, 600)
+        kv._cells[:, :, slot, :, :600] = slot + 1
+    for slot in range(3):
+        assert (kv._cells[:, :, slot, :, :600] == slot + 1).all()
+
+
+@pytest.mark.parametrize("head_size", [16, 32, 48, 64, 72, 80, 96, 112, 128, 192, 256])
+def test_every_head_size_can_be_given_back_page_by_page(head_size: int) -> None:
+    kv = make(3000, head_size=head_size, capacity=1000)
+    kv.reserve(1, 1000)
+    kv.touch(1, 1000)
+    kv.reserve(2, 900)
+    kv.touch(2, 900)
+    kv._cells[:, :, 2, :, :900] = 5
+    kv.release(1)
+    kv.reserve(1, 10)
+    kv.touch(1, 10)
+    assert (kv._cells[:, :, 2, :, :900] == 5).all()
+    assert kv._resident[1] < 400
+    kv.close()
+
+
+def test_misuse_is_a_bug(kv: KvMemory) -> None:
+    kv.reserve(0, 10)
+    with pytest.raises(RuntimeError, match="reserved twice. This is a bug"):
+        kv.reserve(0, 10)
+    with pytest.raises(RuntimeError, match="do not fit a slot"):
+        kv.reserve(1, CAPACITY + 1)
+
+
+class Accounting(RuleBasedStateMachine):
+    """Whatever happens, what is resident stays within the budget, and is what the operating system gave."""
+
+    @initialize(num_tokens=st.integers(200, 6000))
+    def start(self, num_tokens: int) -> None:
+        self.kv = make(num_tokens)
+        self.before = physical_bytes(self.kv)
+        self.reserved: dict[int, int] = {}
+        self.used: dict[int, int] = {}
+
+    @precondition(lambda self: len(self.reserved) < SLOTS)
+    @rule(data=st.data())
+    def reserve(self, data: st.DataObject) -> None:
+        room = min(CAPACITY, self.kv.num_tokens - sum(self.reserved.values()))
+        if room < 1:
+            return
+        slot = data.draw(st.sampled_from([slot for slot in range(SLOTS) if slot not in self.reserved]))
+        num_tokens = data.draw(st.integers(1, room))
+        self.kv.reserve(slot, num_tokens)
+        self.reserved[slot], self.used[slot] = num_tokens, 0
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def use(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.reserved)))
+        num_tokens = data.draw(st.integers(self.used[slot], self.reserved[slot]))
+        self.kv.touch(slot, num_tokens)
+        self.kv._cells[0, 0, slot, 0, self.used[slot] : num_tokens] = slot + 1
+        self.used[slot] = num_tokens
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.reserved)))
+        self.kv.release(slot)
+        del self.reserved[slot], self.used[slot]
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "kv"):
+            return
+        resident = self.kv._resident
+        assert sum(resident) <= self.kv.num_tokens + SLOTS * _TOUCH_TOKENS
+        for slot, num_tokens in self.used.items():
+            assert resident[slot] >= num_tokens
+            cells: np.ndarray = self.kv._cells[0, 0, slot, 0, :num_tokens]
+            assert (cells == slot + 1).all(), "a sequence lost cells"
+
+    def teardown(self) -> None:
+        if hasattr(self, "kv"):
+            assert physical_bytes(self.kv) - self.before == sum(self.kv._resident) * TOKEN_BYTES
+            self.kv.close()
+
+
+TestAccounting = Accounting.TestCase
+TestAccounting.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)

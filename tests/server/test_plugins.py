@@ -1,0 +1,132 @@
+"""Every test installs its own tiny plugin: a module and a real ``.dist-info`` folder on the import path."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from headrace.server.plugins import PluginError, load_plugins
+
+_numbers = itertools.count()
+
+GOOD = """
+from headrace.backends.api import API_VERSION
+from headrace.backends.hookspecs import hookimpl
+from pydantic import BaseModel
+
+class Options(BaseModel):
+    pass
+
+class Good:
+    name = "good"
+    api_version = API_VERSION
+    Options = Options
+    def __init__(self, options, context): ...
+    def list_models(self): return []
+    def load(self, name): raise NotImplementedError
+
+@hookimpl
+def headrace_backends():
+    return [Good]
+"""
+
+Install = Callable[..., str]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Installs a package with one plugin; gives the plugin's name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(source: str, *, plugin: str | None = None, package: str = "tiny-package", module: str = "") -> str:
+        name = f"tiny_plugin_{next(_numbers)}"
+        plugin = plugin or name
+        (tmp_path / f"{name}.py").write_text(source)
+        info = tmp_path / f"{package.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[headrace]\n{plugin} = {module or name}\n")
+        return plugin
+
+    return install
+
+
+def refusal(*plugins: str) -> str:
+    with pytest.raises(PluginError) as refused:
+        load_plugins(plugins)
+    return str(refused.value)
+
+
+def test_the_built_in_backends_are_plugins_like_any_other() -> None:
+    loaded = {plugin.name: plugin for plugin in load_plugins(None)}
+    assert {"onnx", "scripted"} <= set(loaded)
+    assert [backend.name for backend in loaded["scripted"].backends] == ["scripted"]
+    assert loaded["scripted"].package == "headrace"
+
+
+def test_a_stranger_is_found_and_loaded(install: Install) -> None:
+    install(GOOD, plugin="mine")
+    assert "mine" in {plugin.name for plugin in load_plugins(None)}
+    (plugin,) = load_plugins(["mine"])
+    assert (plugin.name, plugin.package) == ("mine", "tiny-package")
+    assert [backend.name for backend in plugin.backends] == ["good"]
+
+
+def test_what_is_not_allowed_is_not_even_imported(install: Install) -> None:
+    install("raise RuntimeError('imported')", plugin="dangerous")
+    assert [plugin.name for plugin in load_plugins(["scripted"])] == ["scripted"]
+    assert load_plugins([]) == []
+
+
+def test_an_allowed_plugin_that_is_not_there_is_named_with_those_that_are() -> None:
+    message = refusal("scripted", "nonsense")
+    assert message.startswith("plugins: nonsense not installed; there is ")
+    assert "onnx, scripted" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("1 / 0", "division by zero"),
+        ("import nonsense_library", "No module named 'nonsense_library'"),
+        ("def headrace_backends(): return []", "implements no hook"),
+        (GOOD.replace("headrace_backends", "headrace_backend"), "headrace_backend"),
+        (GOOD.replace("[Good]", "Good"), "not iterable"),
+        (GOOD.replace("[Good]", "[Good(None, None)]"), "must give classes, got <"),
+        (GOOD.replace('"good"', '"not good"'), "Good.name must be an identifier, got 'not good'"),
+        (GOOD.replace('name = "good"', ""), "Good.name must be an identifier, got None"),
+        (GOOD.replace("= API_VERSION", "= (2, 0)"), "backend 'good' speaks API version (2, 0), this server (1, 0)"),
+        (GOOD.replace("= API_VERSION", "= (1, 99)"), "backend 'good' speaks API version (1, 99), this server (1, 0)"),
+        (GOOD.replace("= API_VERSION", "= (1, '0')"), "api_version must be a pair of integers, got (1, '0')"),
+        (GOOD.replace("= API_VERSION", "= '1.0'"), "api_version must be a pair of integers, got '1.0'"),
+        (GOOD.replace("api_version = API_VERSION", ""), "api_version must be a pair of integers, got None"),
+        (GOOD.replace("Options = Options", "Options = dict"), "Options must be a pydantic model, got <class 'dict'>"),
+        (GOOD.replace("def load", "def lode"), "backend 'good' has no method load"),
+        (GOOD.replace("def list_models", "def models"), "backend 'good' has no method list_models"),
+    ],
+)
+def test_a_bad_plugin_is_refused_by_name_package_and_reason(install: Install, source: str, reason: str) -> None:
+    name = install(source)
+    message = refusal(name)
+    assert message.startswith(f"plugin {name!r} (package 'tiny-package'): ")
+    assert reason in message
+
+
+def test_a_plugin_whose_module_is_missing_is_refused(install: Install) -> None:
+    name = install(GOOD, module="no_such_module")
+    assert refusal(name) == f"plugin {name!r} (package 'tiny-package'): No module named 'no_such_module'"
+
+
+def test_two_plugins_cannot_have_a_backend_of_the_same_name(install: Install) -> None:
+    install(GOOD, plugin="a_first", package="first-package")
+    install(GOOD, plugin="b_second", package="second-package")
+    message = refusal("a_first", "b_second")
+    assert message == "plugin 'b_second' (package 'second-package'): backend 'good' is already that of 'a_first'"
+
+
+def test_nobody_can_take_the_name_of_a_built_in_backend(install: Install) -> None:
+    name = install(GOOD.replace('"good"', '"onnx"'), plugin="zz_onnx")
+    assert "backend 'onnx' is already that of 'onnx'" in refusal("onnx", name)
