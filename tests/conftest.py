@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
 from headrace.backends.onnx.bundle import MANIFEST
 from headrace.backends.paths import default_models_dir
-from hypothesis import settings
 
 # A busy machine is no failure.
 settings.register_profile("headrace", deadline=None)
@@ -22,5 +23,5 @@ def smollm2() -> Path:
     if not (models_dir / name / MANIFEST).is_file():
         from headrace.backends.onnx.build import build_from_catalog
 
-        build_from_catalog(name, models_dir=models_dir, progress=lambda what, done: None)
+        build_from_catalog(name, models_dir=models_dir, progress=lambda _what, _done: None)
     return models_dir / name

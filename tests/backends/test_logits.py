@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from headrace.backends.logits import HostLogits, top_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from headrace.backends.logits import HostLogits, top_ids
 
 SIZES = st.sampled_from([1, 2, 63, 64, 65, 127, 500, 4096, 5000, 8191, 20_001])
 

@@ -1,5 +1,5 @@
-"""The real model's promise: a sequence's logits are the same bits however its prompt is cut, whoever runs beside it, and
-wherever it lies.
+"""The real model's promise: a sequence's logits are the same bits however its prompt is cut, whoever runs beside
+it, and wherever it lies.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from headrace.backends.api import BackendContext, DeterminismClass, Row
 from headrace.backends.errors import BackendError
 from headrace.backends.onnx.bundle import read_manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from headrace.backends.api import BackendContext, Row, StepModel, WholeCallModel
 from headrace.backends.errors import BackendError
 from headrace.backends.scripted import (

@@ -12,9 +12,9 @@ import time
 
 import grpc
 from click.testing import CliRunner
+
 from headrace.cli.main import cli
 from headrace.v1 import generation_pb2
-
 from tests.clients.fake_server import Failure, FakeServer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from click.testing import CliRunner, Result
-from headrace.cli.main import cli
 
+from headrace.cli.main import cli
 from tests.clients.fake_server import FakeServer
 
 

@@ -9,6 +9,7 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
+
 from headrace.cli.lazy import LazyCommand, LazyGroup
 from headrace.cli.main import COMMANDS, cli
 

@@ -9,6 +9,7 @@ import time
 
 import grpc
 import pytest
+
 from headrace.client import (
     AsyncClient,
     CancelledError,
@@ -28,7 +29,6 @@ from headrace.client import (
     Usage,
 )
 from headrace.client.requests import spec
-
 from tests.clients.fake_server import ANSWER, MODEL, Failure, FakeServer, overloaded
 
 TEXT = "".join(ANSWER)

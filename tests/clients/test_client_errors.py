@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
+
 from headrace.client import (
     AuthenticationError,
     Client,
@@ -19,7 +20,6 @@ from headrace.client import (
     errors,
 )
 from headrace.v1 import generation_pb2, usage_pb2
-
 from tests.clients.fake_server import Failure, FakeServer, bad_field, overloaded, unsupported
 
 RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}

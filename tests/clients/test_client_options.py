@@ -6,6 +6,7 @@ import datetime as dt
 
 import pytest
 from google.protobuf.descriptor import Descriptor
+
 from headrace.client import Infill, LatencyClass, Message, ToolCall, ToolDefinition, requests
 from headrace.client.options import CHAT_OPTIONS, OPTIONS
 from headrace.v1 import generation_pb2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from headrace.client import convert, types
 from headrace.v1 import generation_pb2, models_pb2, tokenization_pb2, usage_pb2
 

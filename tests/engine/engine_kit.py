@@ -107,10 +107,14 @@ class Answer:
         return "".join(event.text for event in self.events if isinstance(event, Delta) and event.choice == choice)
 
     def ids(self, choice: int = 0) -> list[int]:
-        return [i for event in self.events if isinstance(event, Delta) and event.choice == choice for i in event.token_ids]
+        return [
+            i for event in self.events if isinstance(event, Delta) and event.choice == choice for i in event.token_ids
+        ]
 
     def logprobs(self, choice: int = 0) -> list[TokenLogprob]:
-        return [p for event in self.events if isinstance(event, Delta) and event.choice == choice for p in event.logprobs]
+        return [
+            p for event in self.events if isinstance(event, Delta) and event.choice == choice for p in event.logprobs
+        ]
 
     def finish(self, choice: int = 0) -> ChoiceFinish:
         (finish,) = (event for event in self.events if isinstance(event, ChoiceFinish) and event.choice == choice)
@@ -182,9 +186,7 @@ def make_sequence(
         max_new_tokens=max_new_tokens,
         stop_token_ids=frozenset(),
         eos_token_ids=frozenset(),
-        sampling=SamplingState(
-            Sampling(), default_temperature=0, seed=0, choice=0, prompt_ids=(), num_logprobs=None
-        ),
+        sampling=SamplingState(Sampling(), default_temperature=0, seed=0, choice=0, prompt_ids=(), num_logprobs=None),
         text=TextAssembler((), include_stop_sequence=False),
         stream=stream or EventStream(64, on_room=lambda: None),
         queue_until=None,

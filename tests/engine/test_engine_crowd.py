@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from engine_kit import Answer, letters, make_call, read, running_engine, scripted, until
+
 from headrace.backends.scripted import ScriptedStepModel
 from headrace.backends.types import (
     Call,

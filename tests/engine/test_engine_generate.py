@@ -7,6 +7,7 @@ import time
 
 import pytest
 from engine_kit import Clock, letters, make_call, read, running_engine, scripted
+
 from headrace.backends.errors import BackendError
 from headrace.backends.scripted import EOS
 from headrace.backends.types import (
@@ -70,7 +71,9 @@ async def test_a_stop_sequence_ends_a_choice_and_never_leaks(include: bool, text
 
 async def test_a_stop_token_ends_a_choice_without_showing_its_text() -> None:
     async with running_engine(scripted(answer="one. two")) as engine:
-        answer = await read(engine, make_call(max_new_tokens=50, stopping=Stopping(stop_token_ids=(ord("."), ord("w")))))
+        answer = await read(
+            engine, make_call(max_new_tokens=50, stopping=Stopping(stop_token_ids=(ord("."), ord("w"))))
+        )
     assert answer.text() == "one"
     assert (answer.finish().reason, answer.finish().stop_token_id) == (FinishReason.STOP_TOKEN, ord("."))
     assert answer.ids() == list(b"one.")
@@ -164,9 +167,7 @@ async def test_log_probabilities_come_one_for_each_token_with_the_likeliest_besi
         assert p.top[0].logprob == p.logprob
         assert len(p.top) == 3
         assert sum(math.exp(top.logprob) for top in p.top) <= 1 + 1e-6
-    assert all(
-        len(event.logprobs) == len(event.token_ids) for event in answer.events if isinstance(event, Delta)
-    )
+    assert all(len(event.logprobs) == len(event.token_ids) for event in answer.events if isinstance(event, Delta))
 
 
 # --- the meter

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Rows
 
 import pytest
 from engine_kit import Answer, Clock, letters, make_call, read, running_engine, scripted, until
+
 from headrace.backends.api import Logits, Row
 from headrace.backends.errors import (
     BackendError,
@@ -89,9 +90,7 @@ async def test_the_time_limit_is_an_error_for_whoever_wants_it_so() -> None:
     clock = Clock()
     async with running_engine(scripted(seconds_per_step=0.001), clock=clock) as engine:
         scheduling = Scheduling(on_expiry=ExpiryAction.ERROR)
-        call = make_call(
-            max_new_tokens=4000, arrived=clock.now, stopping=Stopping(time_limit=2), scheduling=scheduling
-        )
+        call = make_call(max_new_tokens=4000, arrived=clock.now, stopping=Stopping(time_limit=2), scheduling=scheduling)
         task = start(engine, call)
         await has_begun(call)
         clock.now += 2

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from headrace.backends.logits import HostLogits
-from headrace.backends.types import Sampling
-from headrace.server.engine.sampler import Sampled, SamplingState, sample
 from hypothesis import example, given, reject
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from headrace.backends.logits import HostLogits
+from headrace.backends.types import Sampling
+from headrace.server.engine.sampler import Sampled, SamplingState, sample
 
 SMALL, LARGE = 12, 500
 """Vocabularies below and beyond the candidates that sampling looks at first."""
@@ -282,7 +283,11 @@ def run(sampling: Sampling, seed: int, rows: NDArray[np.float32], *, neighbours:
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(temperature=1), Sampling(temperature=0.9, top_p=0.8, frequency_penalty=0.5), Sampling(temperature=2, top_k=80)],
+    [
+        Sampling(temperature=1),
+        Sampling(temperature=0.9, top_p=0.8, frequency_penalty=0.5),
+        Sampling(temperature=2, top_k=80),
+    ],
     ids=["plain", "penalised", "wide"],
 )
 def test_a_seed_repeats_whoever_runs_beside(sampling: Sampling, size: int) -> None:

@@ -4,13 +4,14 @@ import contextlib
 
 import pytest
 from engine_kit import make_sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from headrace.backends.types import LatencyClass, StreamEnd
 from headrace.server.engine.scheduler import Limits, Scheduler, Step
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.stream import EventStream
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 
 def fill(stream: EventStream) -> None:

@@ -3,9 +3,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from headrace.server.engine.text import StopMatch, TextAssembler
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from headrace.server.engine.text import StopMatch, TextAssembler
 
 
 def assembler(*stops: str, include: bool = False) -> TextAssembler:

@@ -163,4 +163,4 @@ def test_the_model_folder_is_found_as_the_xdg_specification_says(monkeypatch: py
     assert default_models_dir() == Path("/home/somebody/.local/share/headrace/models")
     monkeypatch.setenv("HEADRACE_MODELS_DIR", "~/mine")
     assert default_models_dir() == Path("/home/somebody/mine")
-    assert load_settings(None, {}).models_dir == Path("~/mine")
+    assert load_settings(None, {}).models_dir == Path("/home/somebody/mine")

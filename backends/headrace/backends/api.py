@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from headrace.backends.types import Call, ChatInput, Events
 from numpy.typing import NDArray
 from pydantic import BaseModel
+
+from headrace.backends.types import Call, ChatInput, Events
 
 API_VERSION = (1, 0)
 """A plugin built for another major version is refused."""
@@ -114,8 +115,8 @@ class TopLogits:
     logits: NDArray[np.float32]
     """[R, k]"""
     log_sum_exp: NDArray[np.float64]
-    """[R]: of ``logits / temperature`` over the whole vocabulary. Not float32: at a low temperature its steps are coarser
-    than the probabilities."""
+    """[R]: of ``logits / temperature`` over the whole vocabulary. Not float32, whose steps at a low temperature
+    are coarser than the probabilities."""
 
 
 class Logits(Protocol):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from headrace.backends.api import TopLogits
 from numpy.typing import NDArray
+
+from headrace.backends.api import TopLogits
 
 
 class HostLogits:

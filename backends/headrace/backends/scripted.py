@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
 from headrace.backends.api import (
     API_VERSION,
     Backend,
@@ -46,7 +48,6 @@ from headrace.backends.types import (
     FinishReason,
     StreamEnd,
 )
-from pydantic import BaseModel, ConfigDict, Field
 
 EOS = 256
 VOCABULARY_SIZE = 257
@@ -215,6 +216,7 @@ class ScriptedCallModel:
         usage.input_tokens, usage.output_tokens = len(call.prompt.token_ids), 0
         prompt = list(call.prompt.token_ids)
         answered: list[int] = []
+        unsent: list[int] = []
         attempt.outcome = AttemptOutcome.CANCELLED
         if ord(_FAILS) in prompt:
             attempt.outcome = AttemptOutcome.FAILED
@@ -224,13 +226,15 @@ class ScriptedCallModel:
             await asyncio.sleep(self._options.seconds_per_step)
             token = _next_token(prompt + answered, answered, self._options.answer)
             answered.append(token)
+            unsent.append(token)
             usage.output_tokens += 1
             if token == EOS:
                 reason = FinishReason.EOS_TOKEN
-            elif token < 0x80:  # a whole character; longer ones are given when they end
-                yield Delta(0, chr(token), (token,))
-            elif (text := _character_at_end(answered)) is not None:
-                yield Delta(0, text, tuple(text.encode()))
+            elif (text := _whole_characters(unsent)) is not None:
+                yield Delta(0, text, tuple(unsent))
+                unsent.clear()
+        if unsent:
+            yield Delta(0, self.tokenizer.decode(unsent), tuple(unsent))
         yield ChoiceFinish(0, reason, stop_token_id=EOS if reason is FinishReason.EOS_TOKEN else None)
         attempt.outcome = AttemptOutcome.COMPLETED
         yield StreamEnd()
@@ -239,16 +243,12 @@ class ScriptedCallModel:
         """Holds nothing."""
 
 
-def _character_at_end(tokens: Sequence[int]) -> str | None:
-    """The character of several bytes that ends with the last token, if it is complete."""
-    for length in (2, 3, 4):
-        try:
-            text = bytes(tokens[-length:]).decode()
-        except (UnicodeDecodeError, ValueError):
-            continue
-        if len(text) == 1:
-            return text
-    return None
+def _whole_characters(tokens: Sequence[int]) -> str | None:
+    """The text of tokens, unless it ends in the middle of a character."""
+    try:
+        return bytes(tokens).decode()
+    except UnicodeDecodeError:
+        return None
 
 
 class ScriptedBackend:

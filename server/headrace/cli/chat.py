@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+
 from headrace.cli.connection import Connection, connect, connection_options, describe
 from headrace.cli.errors import CliError
 from headrace.cli.generation_options import generation_options, spec_of

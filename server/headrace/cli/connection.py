@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
 from headrace.cli.errors import CliError
-from headrace.cli.generation_options import flag_of_field
 from headrace.client import (
     DEFAULT_ADDRESS,
     AuthenticationError,
@@ -22,6 +22,7 @@ from headrace.client import (
     Tls,
     UnavailableError,
 )
+from headrace.client.options import OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,8 +98,10 @@ def describe(error: HeadraceError, connection: Connection) -> str:
     """An error in one line: what is wrong, and what would help."""
     if isinstance(error, UnavailableError) and not _server_answered(error):
         return _unreachable(error, connection.address)
+    if isinstance(error, DeadlineExceededError) and connection.timeout is not None:
+        return f"not complete within {connection.timeout:g} s (--timeout)"
     message = "; ".join(f"{v.field}: {v.description}" for v in error.violations) or error.message or error.code.name
-    hint = _hint(error, connection)
+    hint = _hint(error)
     label = f" [request {error.request_id}]" if error.request_id else ""
     return f"{' '.join(message.split())}{f' ({hint})' if hint else ''}{label}"
 
@@ -114,17 +117,24 @@ def _unreachable(error: UnavailableError, address: str) -> str:
     return f"no server answers at {address}{why}; start one with `headrace serve`, or name another with --address"
 
 
-def _hint(error: HeadraceError, connection: Connection) -> str | None:
+def _hint(error: HeadraceError) -> str | None:
     fields = [violation.field for violation in error.violations] or [error.metadata.get("field", "")]
-    flags = [flag for flag in map(flag_of_field, fields) if flag]
+    flags = [flag for flag in map(_flag_of_field, fields) if flag]
     match error:
         case AuthenticationError():
             return "set --api-key or HEADRACE_API_KEY"
         case NotFoundError():
             return "`headrace models list` shows what there is"
-        case DeadlineExceededError() if connection.timeout is not None:
-            return f"--timeout {connection.timeout:g}"
         case _ if error.retry_after is not None:
-            return f"try again in {error.retry_after:.3g} s"
+            return f"next try after {error.retry_after:.3g} s"
         case _:
             return ", ".join(flags) or None
+
+
+def _flag_of_field(path: str) -> str | None:
+    """The flag of the running command that sets a field of GenerationSpec, such as ``"stopping.stop_sequences[0]"``."""
+    flags = {param.name: (*param.opts, *param.secondary_opts) for param in click.get_current_context().command.params}
+    field = path.partition("[")[0]
+    if field == "chat" and "--raw" in flags.get("chat", ()):
+        return "--raw"
+    return next((flags[name][0] for name, at in OPTIONS.items() if at.path == field and name in flags), None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.generation_options import generation_options, spec_of
 from headrace.cli.interrupt import ctrl_c_cancels

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import click
+
 from headrace.client import LatencyClass, Prompt, requests
 from headrace.client.options import OPTIONS
 from headrace.v1 import generation_pb2
@@ -76,16 +77,6 @@ def spec_of(prompt: Prompt, options: Mapping[str, Any]) -> generation_pb2.Genera
         raise click.UsageError(str(error)) from error
 
 
-def flag_of_field(field: str) -> str | None:
-    """The flag that sets a field of GenerationSpec: ``"sampling.top_p"``, or ``"stopping.stop_sequences[0]"``."""
-    path = field.partition("[")[0]
-    if path == "chat":
-        return "--raw"
-    return next(
-        (FLAG_BY_OPTION[name] for name, at in OPTIONS.items() if at.path == path and name in FLAG_BY_OPTION), None
-    )
-
-
 def _parse_other(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -101,4 +92,4 @@ FLAG_BY_OPTION: Final[Mapping[str, str]] = {
     for param in click.command()(generation_options(lambda **_: None)).params
     if param.name in OPTIONS
 }
-"""The flag of each option that has one."""
+"""The flags above, by option."""

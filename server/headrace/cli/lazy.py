@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+
 from headrace.cli.errors import CliError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import click
+
 from headrace.cli.lazy import LazyCommand, LazyGroup
 
 COMMANDS = (

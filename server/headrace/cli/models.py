@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.models_build import build
 from headrace.cli.output import short_count, write_json, write_table

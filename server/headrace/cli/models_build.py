@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import click
+
 from headrace.backends.paths import default_models_dir
 from headrace.cli.errors import CliError
 from headrace.cli.lazy import needs_extras

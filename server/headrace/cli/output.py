@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import click
+
 from headrace.client import End, Event, Finish, FinishReason, PromptEcho, Report, TextDelta, Usage
 
 _CONTROL: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {

@@ -46,7 +46,8 @@ def _first_answer(address: str) -> None:
                     sys.stdout.write(event.text)
                     sys.stdout.flush()
     except HeadraceError as error:
-        raise CliError(str(error)) from error
+        CliError(str(error)).show()
+        return
     click.echo(
         f"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.output import write_json, write_note, write_table
 from headrace.cli.prompt import read_prompt

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from headrace.backends.api import Backend, BackendContext, DeterminismClass, ModelCard
 from headrace.backends.types import Handler, Principal, Sampling
 from headrace.server.config import Settings, SettingsError, describe
@@ -20,7 +22,6 @@ from headrace.server.middleware.tokenize import tokenize
 from headrace.server.plugins import Plugin, load_plugins
 from headrace.server.registry import ModelRegistry, Served
 from headrace.server.rpc.application import ServedModel
-from pydantic import ValidationError
 
 T = TypeVar("T")
 

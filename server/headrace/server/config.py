@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from headrace.backends.paths import default_models_dir
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from headrace.backends.paths import default_models_dir
 
 
 class SettingsError(Exception):
@@ -46,6 +47,7 @@ def _check_address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseSettings):
@@ -59,7 +61,7 @@ class Settings(BaseSettings):
     metrics_listen: Address | None = Field(
         "127.0.0.1:9464", description="Address of the Prometheus endpoint /metrics; none: no endpoint."
     )
-    models_dir: Path = Field(default_factory=default_models_dir, description="Folder of model bundles.")
+    models_dir: Folder = Field(default_factory=default_models_dir, description="Folder of model bundles.")
     models: tuple[str, ...] | None = Field(None, description="Models to load; none: all that the backends offer.")
     default_model: str | None = Field(None, description="Model of a request that names none; none: the first loaded.")
     default_max_new_tokens: int = Field(256, ge=1, description="Output tokens where a request sets no limit.")

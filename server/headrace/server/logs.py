@@ -6,6 +6,7 @@ import logging
 import sys
 
 import structlog
+
 from headrace.server.config import LogFormat, LogLevel
 
 

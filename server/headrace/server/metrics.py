@@ -13,8 +13,9 @@ from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from headrace.backends.types import Call
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from headrace.backends.types import Call
 
 # The OpenTelemetry conventions advise these for the gen_ai histograms.
 _DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)

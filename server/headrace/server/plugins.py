@@ -9,9 +9,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
+from pydantic import BaseModel
+
 from headrace.backends import hookspecs
 from headrace.backends.api import API_VERSION, Backend
-from pydantic import BaseModel
 
 
 class PluginError(Exception):
@@ -88,4 +89,3 @@ def _problem(backend: Any) -> str | None:
         if not callable(getattr(backend, method, None)):
             return f"backend {name!r} has no method {method}"
     return None
-

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import structlog
+
 from headrace.backends.api import Backend, Capabilities, Model, ModelCard, StepModel, WholeCallModel
 from headrace.backends.errors import BackendUnavailable, Loading, ModelNotFound
 from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, Call, Events, Handler

@@ -6,15 +6,16 @@ import math
 import mmap
 
 import numpy as np
-from headrace.backends.onnx.bundle import Manifest
 from numpy.typing import NDArray
+
+from headrace.backends.onnx.bundle import Manifest
 
 # Python names it from 3.13 on; Linux has used this number on every common architecture.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 _TOUCH_TOKENS = 128
-"""Pages are made ready in steps of about this many tokens, ahead of use: a page fault inside a step costs up to ten times the
-attention it serves."""
+"""Pages are made ready in steps of about this many tokens, ahead of use: a page fault inside a step costs up to ten
+times the attention it serves."""
 
 
 def kv_bytes_per_token(manifest: Manifest) -> int:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
+
 from headrace.backends.api import DeterminismClass, Logits, ModelCard, Row, Tokenizer
 from headrace.backends.errors import BackendError
 from headrace.backends.logits import HostLogits
 from headrace.backends.onnx.bundle import Manifest
 from headrace.backends.onnx.kv import KvMemory
-from numpy.typing import NDArray
 
 MAX_CHUNK = 128
 CHUNK_ALIGNMENT = 16

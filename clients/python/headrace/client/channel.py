@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
 from headrace.v1 import generation_pb2_grpc, models_pb2_grpc, tokenization_pb2_grpc
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.wrappers_pb2 import Int32Value
+
 from headrace.client import types
 from headrace.v1 import generation_pb2, models_pb2, tokenization_pb2, usage_pb2
 

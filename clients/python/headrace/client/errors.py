@@ -29,6 +29,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
 from headrace.client import convert
 from headrace.client.types import Usage
 from headrace.v1 import generation_pb2, usage_pb2

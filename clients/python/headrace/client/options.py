@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypedDict, get_type_hints
 
 from google.protobuf.message import Message as ProtoMessage
+
 from headrace.client.types import BudgetPolicy, CacheMode, ExpiryAction, LatencyClass, ToolDefinition
 from headrace.v1 import generation_pb2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, TypeAlias
 
 import grpc
+
 from headrace.client import convert, errors
 from headrace.client.types import Completion, End, Event, Report, TextDelta
 from headrace.v1 import generation_pb2

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
+
 from headrace.client import channel as channels
 from headrace.client import convert, errors, requests, responses
 from headrace.client.options import ChatOptions, Options

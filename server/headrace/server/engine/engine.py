@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 import structlog
+
 from headrace.backends.api import Row, StepModel
 from headrace.backends.errors import (
     BackendError,

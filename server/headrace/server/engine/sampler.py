@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from headrace.backends.api import Logits, TopLogits
 from headrace.backends.types import Sampling
-from numpy.typing import NDArray
 
 _NUM_CANDIDATES = 64
 # What is closer to 0 is taken for these: it would overflow float32, and chooses no differently.
