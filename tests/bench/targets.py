@@ -23,7 +23,7 @@ from workload import Answer
 
 from headrace.client import AsyncClient, HeadraceError
 
-_SECONDS_TO_START = 300
+_SECONDS_TO_START = 600
 _SECONDS_BETWEEN_TRIES = 0.5
 
 

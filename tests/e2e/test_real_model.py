@@ -51,7 +51,21 @@ def test_the_report_adds_up(server: ServerProcess) -> None:
 def test_greedy_output_does_not_depend_on_what_else_is_served(server: ServerProcess) -> None:
     """Random arrivals, lengths and cancels around requests whose answers are known."""
     source = random.Random(7)
-    words = ["river", "mill", "water", "wheel", "stone", "field", "light", "house", "bread", "king", "winter", "code", "table"]
+    words = [
+        "river",
+        "mill",
+        "water",
+        "wheel",
+        "stone",
+        "field",
+        "light",
+        "house",
+        "bread",
+        "king",
+        "winter",
+        "code",
+        "table",
+    ]
     prompts = [" ".join(source.choices(words, k=source.randint(1, 90))) for _ in range(10)]
 
     async def run() -> tuple[list[Any], list[Any]]:

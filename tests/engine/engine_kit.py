@@ -1,4 +1,4 @@
-"""What the engine's tests share: an engine on a scripted model, calls as the middleware would make them, and readers."""
+"""What the engine's tests share: an engine on a scripted model, calls as the middleware makes them, and readers."""
 
 from __future__ import annotations
 
@@ -103,18 +103,17 @@ class Answer:
 
     events: list[Event] = field(default_factory=list)
 
+    def deltas(self, choice: int = 0) -> list[Delta]:
+        return [event for event in self.events if isinstance(event, Delta) and event.choice == choice]
+
     def text(self, choice: int = 0) -> str:
-        return "".join(event.text for event in self.events if isinstance(event, Delta) and event.choice == choice)
+        return "".join(delta.text for delta in self.deltas(choice))
 
     def ids(self, choice: int = 0) -> list[int]:
-        return [
-            i for event in self.events if isinstance(event, Delta) and event.choice == choice for i in event.token_ids
-        ]
+        return [token_id for delta in self.deltas(choice) for token_id in delta.token_ids]
 
     def logprobs(self, choice: int = 0) -> list[TokenLogprob]:
-        return [
-            p for event in self.events if isinstance(event, Delta) and event.choice == choice for p in event.logprobs
-        ]
+        return [logprob for delta in self.deltas(choice) for logprob in delta.logprobs]
 
     def finish(self, choice: int = 0) -> ChoiceFinish:
         (finish,) = (event for event in self.events if isinstance(event, ChoiceFinish) and event.choice == choice)
@@ -147,7 +146,7 @@ async def read(engine: Engine, call: Call, *, limit: int | None = None) -> Answe
 async def until(condition: Callable[[], bool], *, timeout: float = 10.0) -> None:
     """Waits for something that happens on the engine's thread."""
     async with asyncio.timeout(timeout):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # that thread sets no event for tests
             await asyncio.sleep(0.0005)
 
 

@@ -204,8 +204,7 @@ async def test_the_gauges_tell_what_is_there() -> None:
     async with running_engine(scripted(num_slots=2, num_kv_tokens=1000, seconds_per_step=0.001)) as engine:
         assert (engine.num_running, engine.num_queued, engine.kv_utilization) == (0, 0, 0)
         task = start(engine, make_call(b"p" * 50, n=3, max_new_tokens=350))
-        await until(lambda: engine.num_running == 2)
-        assert (engine.num_queued, engine.kv_utilization) == (1, 0.8)
+        await until(lambda: (engine.num_running, engine.num_queued, engine.kv_utilization) == (2, 1, 0.8))
         task.cancel()
         await until(lambda: (engine.num_running, engine.num_queued, engine.kv_utilization) == (0, 0, 0))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
+from prometheus_client import CollectorRegistry, generate_latest
+
 from headrace.backends.api import DeterminismClass, Encoding, ModelCard
 from headrace.backends.errors import ModelNotFound
 from headrace.backends.types import (
@@ -35,7 +37,6 @@ from headrace.server.rpc.application import ServedModel
 from headrace.server.rpc.server import RunningServer, start_server
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_pb2_grpc, models_pb2_grpc, tokenization_pb2_grpc
-from prometheus_client import CollectorRegistry, generate_latest
 
 GENERATE = "/headrace.v1.GenerationService/Generate"
 GENERATE_STREAM = "/headrace.v1.GenerationService/GenerateStream"

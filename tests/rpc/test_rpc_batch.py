@@ -3,14 +3,15 @@ from collections.abc import AsyncIterator, Iterable
 
 import grpc
 import pytest
-from headrace.backends.errors import BackendError, DeadlineExceeded, QueueFull, QueueTimeout, Unauthenticated
-from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, LatencyClass, StreamEnd, TextInput
-from headrace.server.rpc.batch import SeenIndices
-from headrace.v1 import generation_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 from rpc_kit import GENERATE_BATCH, Served, begin, details_of, says, serving, spec, status_of
 from structlog.testing import capture_logs
+
+from headrace.backends.errors import BackendError, DeadlineExceeded, QueueFull, QueueTimeout, Unauthenticated
+from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, LatencyClass, StreamEnd, TextInput
+from headrace.server.rpc.batch import SeenIndices
+from headrace.v1 import generation_pb2 as pb
 
 
 def item(index: int, text: str = "hello", **fields) -> pb.GenerateBatchRequest:

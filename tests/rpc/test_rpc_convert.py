@@ -3,17 +3,18 @@ import struct
 
 import pytest
 from google.protobuf import struct_pb2
-from headrace.backends import types
-from headrace.backends.api import DeterminismClass
-from headrace.backends.errors import InvalidArgument
-from headrace.server.rpc import answer, convert
-from headrace.server.registry import ModelState
-from headrace.server.rpc.convert import request_id_of, to_request
-from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import models_pb2, usage_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from rpc_kit import TinyModel
+
+from headrace.backends import types
+from headrace.backends.api import DeterminismClass
+from headrace.backends.errors import InvalidArgument
+from headrace.server.registry import ModelState
+from headrace.server.rpc import answer, convert
+from headrace.server.rpc.convert import request_id_of, to_request
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import models_pb2, usage_pb2
 
 
 def request_of(spec: pb.GenerationSpec) -> types.GenerateRequest:

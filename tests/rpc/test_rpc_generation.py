@@ -4,10 +4,6 @@ import logging
 
 import grpc
 import pytest
-from headrace.backends.errors import QueueFull
-from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, StreamEnd
-from headrace.server.rpc.calls import REQUEST_ID_KEY
-from headrace.v1 import generation_pb2 as pb
 from rpc_kit import (
     GENERATE,
     GENERATE_BATCH,
@@ -23,6 +19,11 @@ from rpc_kit import (
     waits,
 )
 from structlog.testing import capture_logs
+
+from headrace.backends.errors import QueueFull
+from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, StreamEnd
+from headrace.server.rpc.calls import REQUEST_ID_KEY
+from headrace.v1 import generation_pb2 as pb
 
 
 def stream_request(**fields) -> pb.GenerateStreamRequest:

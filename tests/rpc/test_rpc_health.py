@@ -5,9 +5,10 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from rpc_kit import says, serving
+
 from headrace.server.rpc.health import model_service
 from headrace.server.rpc.server import SERVICES
-from rpc_kit import says, serving
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

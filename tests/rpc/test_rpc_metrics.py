@@ -3,12 +3,13 @@ import urllib.request
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
+from rpc_kit import GENERATE, gives, says, serving, spec
+
 from headrace.backends.errors import QueueFull
 from headrace.server.metrics import Metrics, serve_metrics
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenization_pb2
-from prometheus_client import CollectorRegistry
-from rpc_kit import GENERATE, gives, says, serving, spec
 
 METHOD = GENERATE[1:]
 

@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import grpc
 import pytest
+from rpc_kit import SERVED, details_of, says, serving, status_of
+
 from headrace.backends.api import DeterminismClass, ModelCard
 from headrace.backends.types import Sampling
 from headrace.server.registry import ModelState
 from headrace.v1 import generation_pb2, models_pb2
-from rpc_kit import SERVED, details_of, says, serving, status_of
 
 OTHER = replace(
     SERVED,

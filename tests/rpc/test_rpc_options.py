@@ -1,5 +1,6 @@
 import pytest
 from google.protobuf import struct_pb2
+
 from headrace.backends.errors import InvalidArgument
 from headrace.server.rpc import options
 from headrace.server.rpc.options import set_fields

@@ -2,11 +2,6 @@ import asyncio
 
 import grpc
 import pytest
-from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, StreamEnd
-from headrace.server.metrics import Metrics
-from headrace.server.rpc import server as server_module
-from headrace.server.rpc.server import start_server
-from headrace.v1 import generation_pb2 as pb
 from prometheus_client import CollectorRegistry
 from rpc_kit import (
     TinyApplication,
@@ -19,6 +14,12 @@ from rpc_kit import (
     trailers_of,
     waits,
 )
+
+from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, StreamEnd
+from headrace.server.metrics import Metrics
+from headrace.server.rpc import server as server_module
+from headrace.server.rpc.server import start_server
+from headrace.v1 import generation_pb2 as pb
 
 
 async def test_a_port_in_use_is_an_error_that_names_it():

@@ -1,13 +1,14 @@
 import grpc
 import pytest
+from rpc_kit import details_of, gives, says, serving, spec, status_of, trailers_of
+from structlog.testing import capture_logs
+
 from headrace.backends import errors
 from headrace.backends.types import ChoiceFinish, Delta, FinishReason, StreamEnd
 from headrace.server.rpc.calls import REQUEST_ID_KEY, USAGE_KEY
 from headrace.server.rpc.status import TABLE, failure_of
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import usage_pb2
-from rpc_kit import details_of, gives, says, serving, spec, status_of, trailers_of
-from structlog.testing import capture_logs
 
 SAMPLES = {
     errors.InvalidArgument: errors.InvalidArgument("sampling.top_p", "must be above 0"),

@@ -1,12 +1,13 @@
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rpc_kit import Served, details_of, says, serving, status_of
+
 from headrace.backends.errors import Unauthenticated
 from headrace.server.rpc.tokenization import byte_spans
 from headrace.v1 import generation_pb2, tokenization_pb2
 from headrace.v1 import tokenization_pb2 as pb
-from hypothesis import given
-from hypothesis import strategies as st
-from rpc_kit import Served, details_of, says, serving, status_of
 
 
 def conversation() -> generation_pb2.ChatInput:

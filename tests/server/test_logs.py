@@ -26,8 +26,8 @@ def fail_with_a_prompt() -> None:
     logger = structlog.get_logger("test")
     try:
         raise RuntimeError(f"failed after {len(prompt)}")
-    except RuntimeError as error:
-        logger.error("step_failed", exc_info=error)
+    except RuntimeError:
+        logger.exception("step_failed")
 
 
 @pytest.mark.parametrize("log_format", [LogFormat.CONSOLE, LogFormat.JSON, LogFormat.AUTO])

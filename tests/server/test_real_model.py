@@ -25,27 +25,7 @@ from headrace.backends.types import (
 from headrace.server.app import running_app
 from headrace.server.config import Settings
 
-WORDS = [
-    "the",
-    "river",
-    "turns",
-    "a",
-    "wheel",
-    "and",
-    "the",
-    "wheel",
-    "turns",
-    "a",
-    "stone",
-    "that",
-    "grinds",
-    "our",
-    "corn",
-    "until",
-    "it",
-    "is",
-    "fine",
-]
+TEXT = "the river turns a wheel and the wheel turns a stone that grinds our corn until it is fine"
 
 
 def chat(text: str) -> ChatInput:
@@ -54,7 +34,7 @@ def chat(text: str) -> ChatInput:
 
 def calls() -> list[Call]:
     dice = random.Random(1)
-    sources: list[Input] = [TextInput(" ".join(dice.choices(WORDS, k=k))) for k in (1, 15, 40, 90)]
+    sources: list[Input] = [TextInput(" ".join(dice.choices(TEXT.split(), k=k))) for k in (1, 15, 40, 90)]
     sources.append(chat("Name a river."))
     return [
         call(

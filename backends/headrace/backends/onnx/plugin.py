@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import ClassVar
 
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
 from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCard, StepModel
 from headrace.backends.errors import BackendError
 from headrace.backends.hookspecs import hookimpl
 from headrace.backends.onnx.bundle import Manifest, list_bundles
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 
 class OnnxOptions(BaseModel):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
+
 from headrace.backends import types
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import usage_pb2

@@ -12,6 +12,8 @@ import grpc
 import structlog
 from google.protobuf import empty_pb2
 from google.protobuf.message import DecodeError
+from structlog.contextvars import bind_contextvars
+
 from headrace.backends.errors import Draining, InvalidArgument, Overloaded, QueueTimeout
 from headrace.backends.types import Call, LatencyClass
 from headrace.server.rpc.answer import usage_message
@@ -21,7 +23,6 @@ from headrace.server.rpc.generation import SPEC_PREFIX, Generation, refuse_strea
 from headrace.server.rpc.options import unknown_fields
 from headrace.server.rpc.status import failure_of
 from headrace.v1 import generation_pb2 as pb
-from structlog.contextvars import bind_contextvars
 
 MIN_RETRY_SECONDS = 0.01
 """Between tries of an item that found no room, whatever the error asks for."""

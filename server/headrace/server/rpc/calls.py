@@ -15,13 +15,14 @@ import grpc
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
+from structlog.contextvars import bind_contextvars, bound_contextvars
+
 from headrace.backends.errors import Draining, InvalidArgument
 from headrace.backends.types import Call, Events, GenerateRequest, StreamEnd, TokenIdsInput
 from headrace.server.metrics import Metrics
 from headrace.server.rpc.answer import usage_message
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.status import Failure, Metadatum, failure_of
-from structlog.contextvars import bind_contextvars, bound_contextvars
 
 REQUEST_ID_KEY = "x-request-id"
 USAGE_KEY = "headrace-usage-bin"

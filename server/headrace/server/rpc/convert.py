@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf import duration_pb2, struct_pb2
 from google.protobuf.message import Message
+
 from headrace.backends import types
 from headrace.backends.errors import InvalidArgument
 from headrace.server.rpc.options import set_fields

@@ -13,6 +13,7 @@ from typing import Any, cast
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, OneofDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
+
 from headrace.backends.errors import InvalidArgument
 
 MAX_ENTRIES = 4096

@@ -11,6 +11,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from headrace.server.metrics import Metrics
 from headrace.server.rpc import health as health_service
 from headrace.server.rpc.application import Application
