@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,6 +104,7 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     settings = type("Settings", (Settings,), {"model_config": config, "__doc__": Settings.__doc__})
     if file is not None and not file.is_file():
         raise SettingsError(f"settings file {file}: not found")
+    _check_environment()
     try:
         loaded: Settings = settings(**flags)
     except ValidationError as error:
@@ -110,6 +112,23 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     except ValueError as error:  # TOML syntax, JSON in an environment variable
         raise SettingsError(f"settings: {error}") from None
     return loaded
+
+
+_NO_SETTINGS = {"ADDRESS", "API_KEY", "CONFIG", "TLS", "TLS_CA"}
+"""What the command line and the clients take from the environment, behind the same prefix."""
+
+
+def _check_environment() -> None:
+    """Refuses a variable that looks like a setting and is none, as a file's or a flag's would be."""
+    for variable in os.environ:
+        name = variable.removeprefix("HEADRACE_")
+        if (
+            name != variable
+            and name not in _NO_SETTINGS
+            and name.lower().partition("__")[0] not in Settings.model_fields
+        ):
+            there = ", ".join(f"HEADRACE_{field.upper()}" for field in Settings.model_fields)
+            raise SettingsError(f"{variable}: no such setting; there is {there}")
 
 
 def describe(error: ValidationError, accepted: Mapping[str, Any], prefix: str = "") -> str:

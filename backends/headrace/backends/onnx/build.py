@@ -18,7 +18,7 @@ from headrace.backends.tokenizer import HuggingFaceTokenizer
 
 CHUNK_SIZE = 64
 """Prompts are cut at multiples of this, always, and so a prompt's logits depend on nothing else that runs. Small enough
-that a chunk holds up running streams for less than a tenth of a second; large enough for the speed of big products."""
+not to hold up running streams for long, large enough to read the weights seldom."""
 
 Quantization = Literal["int8", "fp32"]
 Progress = Callable[[str, float], None]

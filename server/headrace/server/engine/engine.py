@@ -28,6 +28,7 @@ from headrace.backends.errors import (
     BackendUnavailable,
     DeadlineExceeded,
     HeadraceError,
+    InvalidArgument,
     QueueFull,
     QueueTimeout,
 )
@@ -163,6 +164,8 @@ class Engine:
     async def generate(self, call: Call) -> Events:
         """Runs a call that is resolved and tokenized. Raises QueueFull at once if there is no room to wait."""
         n = call.request.n
+        if n > self._max_queued:
+            raise InvalidArgument("n", f"must be at most {self._max_queued}, the places in the queue, got {n}")
         if self._num_queued + n > self._max_queued:
             raise QueueFull(
                 f"{self._num_queued} of {self._max_queued} places in the queue are taken", retry_after=self._patience()
