@@ -221,17 +221,20 @@ async def test_the_cache_bounds_a_choice_where_it_is_smaller_than_the_context() 
 
 
 class Fragile(ScriptedStepModel):
-    """Raises in the steps whose numbers are given, and in ``release`` if told to."""
+    """Raises in the steps whose numbers are given, in those with so many rows, and in ``release`` if told to."""
 
-    def __init__(self, *fails_in: int, error: Exception, fails_in_release: bool = False) -> None:
+    def __init__(
+        self, *fails_in: int, error: Exception, fails_with_rows: int | None = None, fails_in_release: bool = False
+    ) -> None:
         super().__init__("fragile", ScriptedModelOptions())
         self._fails_in = fails_in
+        self._fails_with_rows = fails_with_rows
         self._error = error
         self._fails_in_release = fails_in_release
 
     def step(self, rows: Rows[Row]) -> Logits:
         logits = super().step(rows)
-        if self.num_steps in self._fails_in:
+        if self.num_steps in self._fails_in or len(rows) == self._fails_with_rows:
             raise self._error
         return logits
 
@@ -267,9 +270,9 @@ async def test_what_a_model_raises_is_not_told_to_callers_unless_it_is_meant_for
 
 
 async def test_a_run_that_fails_fails_all_that_are_in_it() -> None:
-    async with running_engine(Fragile(8, error=RuntimeError("boom"))) as engine:
+    async with running_engine(Fragile(error=RuntimeError("boom"), fails_with_rows=4)) as engine:
         results = await asyncio.gather(
-            *(read(engine, make_call(f"prompt {i}", max_new_tokens=50)) for i in range(4)), return_exceptions=True
+            *(read(engine, make_call(f"prompt {i}", max_new_tokens=2000)) for i in range(4)), return_exceptions=True
         )
         assert [type(result) for result in results] == [BackendError] * 4
         await until(lambda: engine.num_running == 0)
@@ -277,9 +280,9 @@ async def test_a_run_that_fails_fails_all_that_are_in_it() -> None:
 
 async def test_failures_of_different_callers_are_different_exceptions() -> None:
     """An exception gathers the tracebacks of everybody who raises it, and with them their frames and prompts."""
-    async with running_engine(Fragile(8, error=BackendUnavailable("later"))) as engine:
+    async with running_engine(Fragile(error=BackendUnavailable("later"), fails_with_rows=2)) as engine:
         first, second = await asyncio.gather(
-            *(read(engine, make_call(f"prompt {i}", max_new_tokens=50)) for i in range(2)), return_exceptions=True
+            *(read(engine, make_call(f"prompt {i}", max_new_tokens=2000)) for i in range(2)), return_exceptions=True
         )
     assert first is not second
     assert (type(first), str(first)) == (type(second), str(second)) == (BackendUnavailable, "later")

@@ -42,7 +42,6 @@ def manifest_of(folder, name="tiny", **changes):
         "num_layers": 2,
         "num_kv_heads": 1,
         "head_size": 32,
-        "chunk_size": 64,
         "parameter_count": 1000,
         "eos_token_ids": (2,),
         "source": Source(file_name="a.gguf", sha256="0" * 64),

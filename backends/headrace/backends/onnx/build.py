@@ -16,10 +16,6 @@ from headrace.backends.onnx.bundle import Manifest, ModelFileError
 from headrace.backends.onnx.catalog import CATALOG, fetch
 from headrace.backends.tokenizer import HuggingFaceTokenizer
 
-CHUNK_SIZE = 64
-"""Prompts are cut at multiples of this, always, and so a prompt's logits depend on nothing else that runs. Small enough
-not to hold up running streams for long, large enough to read the weights seldom."""
-
 Quantization = Literal["int8", "fp32"]
 Progress = Callable[[str, float], None]
 """Told what is being done, and how much of all is done: 0 to 1."""
@@ -108,7 +104,6 @@ def build_bundle(
             num_layers=decoder.config.num_layers,
             num_kv_heads=decoder.config.num_kv_heads,
             head_size=decoder.config.head_size,
-            chunk_size=CHUNK_SIZE,
             parameter_count=decoder.parameter_count,
             license=license or _license(file.metadata.get("general.license")),
             eos_token_ids=tokenizer.eos_token_ids,

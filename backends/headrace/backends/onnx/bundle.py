@@ -86,8 +86,6 @@ class Manifest(BaseModel):
     num_layers: Count
     num_kv_heads: Count
     head_size: Count
-    chunk_size: Count
-    """A prompt is run in chunks that end at multiples of this."""
     parameter_count: Count
     license: str | None = None
     """SPDX identifier."""

@@ -53,10 +53,14 @@ class OnnxBackend:
         if manifest is None:
             raise BackendError(f"model {name!r} is no longer there")
         options = self._options
+        try:
+            tokenizer = HuggingFaceTokenizer.from_bundle(self._models_dir / name, manifest)
+        except (OSError, ValueError) as error:
+            raise BackendError(f"model {name!r}: its tokenizer cannot be read") from error
         return OnnxModel(
             self._models_dir / name,
             manifest,
-            HuggingFaceTokenizer.from_bundle(self._models_dir / name, manifest),
+            tokenizer,
             threads=options.threads,
             num_slots=options.max_running,
             num_kv_tokens=int(options.kv_cache) // kv_bytes_per_token(manifest),
