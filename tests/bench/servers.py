@@ -20,6 +20,7 @@ def running(command: str) -> Iterator[int]:
     """Runs a server's command line in a process group of its own, and gives its process id. Environment variables may
     stand before it: ``NAME=value command``. Its output is shown only if the block fails.
     """
+    signal.signal(signal.SIGTERM, _leave)  # without it the servers would outlive this script
     words = shlex.split(command)
     environment = dict(os.environ)
     while words and "=" in words[0]:
@@ -43,6 +44,11 @@ def running_all(commands: Sequence[str]) -> Iterator[list[int]]:
     """Runs several servers."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(running(command)) for command in commands]
+
+
+def _leave(number: int, frame: object) -> None:
+    """Ends the script, its ``finally`` blocks included."""
+    sys.exit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

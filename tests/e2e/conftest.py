@@ -23,11 +23,7 @@ def start_server(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.wait()
-        assert server.process.stderr is not None
-        server.process.stderr.close()
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,14 +44,15 @@ class ServerProcess:
             env=environment,
         )
         self.seen: list[dict[str, Any]] = []
+        self._lines: queue.Queue[str] = queue.Queue()
+        # Read as it comes: a server whose log nobody reads stands still when the pipe is full.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.port: int = self.wait_for("listening")["port"]
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next log line of that event."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            assert line.startswith("{"), f"not a log line: {line}{self.process.stderr.read()}"
-            self.seen.append(json.loads(line))
+        while self._see():
             if self.seen[-1]["event"] == event:
                 return self.seen[-1]
         raise AssertionError(f"the server ended before it logged {event!r}: {self.seen}")
@@ -70,11 +73,31 @@ class ServerProcess:
         return self.wait()
 
     def wait(self) -> int:
+        while self._see():
+            pass
+        return self.process.wait(timeout=60)
+
+    def close(self) -> None:
+        """Ends the process if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _see(self) -> bool:
+        """Takes the next line down; false at the end of the log."""
+        line = self._lines.get(timeout=60)
+        if line:
             assert line.startswith("{"), f"not a log line: {line}"
             self.seen.append(json.loads(line))
-        return self.process.wait(timeout=60)
+        return bool(line)
 
 
 Start = Callable[[str], ServerProcess]
@@ -90,7 +113,4 @@ def real_server(smollm2: Path, tmp_path: Path, settings: str = "") -> Iterator[S
         server.wait_until_ready()
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
-        assert server.process.stderr is not None
-        server.process.stderr.close()
+        server.close()
