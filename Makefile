@@ -9,7 +9,8 @@ PROTOS := $(wildcard proto/headrace/v1/*.proto)
 
 # Installs, builds the default model, serves it and streams a first answer. Ctrl-C stops it.
 run: $(VENV)/.serve
-	@$(BIN)/headrace quickstart
+	@# In a process group of its own, so that Ctrl-C reaches it and not make, which would end with an error.
+	@bash -c 'set -m; $(BIN)/headrace quickstart; exit $$?'
 
 # Installs what the tests need and runs them.
 test: $(VENV)/.dev clients/node/node_modules
