@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/headrace/v1/*.proto)
 
-.PHONY: run test soak check lint types contracts proto generate bench clean
+.PHONY: run test soak check lint types contracts proto generate clean
 
 # Installs, builds the default model, serves it and streams a first answer. Ctrl-C stops it.
 run: $(VENV)/.serve

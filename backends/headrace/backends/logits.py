@@ -44,9 +44,6 @@ class HostLogits:
         return TopLogits(ids, logits, log_sum_exp)
 
 
-_LANES = 64
-
-
 def top_ids(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """The ids of the ``k`` largest values of ``row`` [V], largest first, equal ones by id.
 
@@ -54,17 +51,18 @@ def top_ids(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     [lanes, V / lanes] and reduced to the maximum of each column first: the columns of the ``k`` largest maxima hold
     the ``k`` largest values, and only those are partitioned.
     """
-    columns = row.size // _LANES
+    lanes = 64 if k <= 64 else 16  # fewer columns are quick to search, more hold fewer others
+    columns = row.size // lanes
     if columns <= 2 * k:
         candidates = np.arange(row.size)
     else:
-        body = columns * _LANES
-        maxima = row[:body].reshape(_LANES, columns).max(axis=0)
+        body = columns * lanes
+        maxima = row[:body].reshape(lanes, columns).max(axis=0)
         # Every column that ties with the k-th largest maximum, so that ties fall by id and not by partition order.
         best = np.flatnonzero(maxima >= np.partition(maxima, columns - k)[columns - k])
         candidates = np.concatenate(
             [
-                (best[:, None] + np.arange(_LANES) * columns).ravel(),
+                (best[:, None] + np.arange(lanes) * columns).ravel(),
                 np.arange(body, row.size),
             ]
         )

@@ -3,9 +3,9 @@
 The stages, in order: logit bias, penalties, tokens that may not come yet; then temperature, top-k, top-p, min-p and
 typical-p. Log-probabilities are those of the model, before any stage.
 
-The work is done on the ``_NUM_CANDIDATES`` largest logits of each row, and is exact: where the kept tokens may reach
-beyond them, or the drawn number falls beyond them, the whole row is used. A choice draws one number per token from its
-own stream, so what it gets depends on its seed and its own logits alone.
+The work is done on the largest logits of each row, and is exact: where the kept tokens may reach beyond them, or the
+drawn number falls beyond them, more are looked at, and in the end the whole row. A choice draws one number per token
+from its own stream, so what it gets depends on its seed and its own logits alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from headrace.backends.api import Logits, TopLogits
 from headrace.backends.types import Sampling
 
-_NUM_CANDIDATES = 64
+_NUM_CANDIDATES = (64, 512)
+"""How many candidates to look at, first for all rows, then for those that need more. The whole row comes last."""
 # What is closer to 0 is taken for these: it would overflow float32, and chooses no differently.
 _MIN_TEMPERATURE = 1e-9
 _MIN_REPETITION_PENALTY = 1e-9
@@ -147,8 +148,31 @@ def sample(logits: Logits, states: Sequence[SamplingState], forbidden: Sequence[
 
 def _draw(logits: Logits, rows: Sequence[int], states: Sequence[SamplingState]) -> list[int]:
     """Draws a token for each of ``rows``, whose temperatures are above 0."""
+    numbers = [state.draw() for state in states]
+    chosen: dict[int, int] = {}
+    for num_candidates in _NUM_CANDIDATES:
+        left = [i for i, state in enumerate(states) if i not in chosen and state.typical_p == 1]
+        if left:
+            drawn = _draw_from_candidates(
+                logits, [rows[i] for i in left], [states[i] for i in left], [numbers[i] for i in left], num_candidates
+            )
+            chosen |= {i: token_id for i, token_id in zip(left, drawn, strict=True) if token_id is not None}
+    for i, state in enumerate(states):
+        if i not in chosen:
+            chosen[i] = _draw_from_row(logits.row(rows[i]), state, numbers[i])
+    return [chosen[i] for i in range(len(states))]
+
+
+def _draw_from_candidates(
+    logits: Logits,
+    rows: Sequence[int],
+    states: Sequence[SamplingState],
+    numbers: Sequence[float],
+    num_candidates: int,
+) -> list[int | None]:
+    """Draws from the largest logits of each row; ``None`` where they are not the whole story."""
     temperature = np.array([state.temperature for state in states], np.float32)
-    top = logits.top(rows, _NUM_CANDIDATES, temperature)
+    top = logits.top(rows, num_candidates, temperature)
     num_candidates = top.token_ids.shape[1]
     probabilities = np.exp(top.logits.astype(np.float64) / temperature[:, None] - top.log_sum_exp[:, None])
     top_k = np.array([state.top_k or np.inf for state in states])
@@ -163,19 +187,16 @@ def _draw(logits: Logits, rows: Sequence[int], states: Sequence[SamplingState]) 
     # Where top-k reaches beyond the candidates, or nothing but their number ends them, they are not the whole story.
     open_ended = np.where(np.isinf(top_k), kept[:, -1], top_k > num_candidates)
     open_ended &= num_candidates < logits.row(rows[0]).size
-    chosen = []
-    for i, state in enumerate(states):
-        u = state.draw()
-        if state.typical_p < 1:
-            chosen.append(_draw_from_row(logits.row(rows[i]), state, u))
-        elif not open_ended[i]:
-            chosen.append(int(top.token_ids[i, _position(sums[i], u * sums[i, -1])]))
-        elif state.top_p == 1 and state.min_p == 0 and state.top_k is None and u < sums[i, -1]:
+    drawn: list[int | None] = []
+    for i, (state, number) in enumerate(zip(states, numbers, strict=True)):
+        if not open_ended[i]:
+            drawn.append(int(top.token_ids[i, _position(sums[i], number * sums[i, -1])]))
+        elif state.top_p == 1 and state.min_p == 0 and state.top_k is None and number < sums[i, -1]:
             # Everything is kept, so the sums are those of the whole distribution.
-            chosen.append(int(top.token_ids[i, _position(sums[i], u)]))
+            drawn.append(int(top.token_ids[i, _position(sums[i], number)]))
         else:
-            chosen.append(_draw_from_row(logits.row(rows[i]), state, u))
-    return chosen
+            drawn.append(None)
+    return drawn
 
 
 def _kept(
