@@ -41,6 +41,8 @@ async def serve(
     metrics = Metrics(CollectorRegistry())
     signals = _Signals()
     async with contextlib.AsyncExitStack() as cleanup:
+        # First in, so last out: the second signal comes while the others are being undone.
+        cleanup.enter_context(signals.installed())
         cleanup.push_async_callback(app.close)
         server = await start_server(
             app,
@@ -56,7 +58,6 @@ async def serve(
         log.info("listening", address=settings.listen, port=server.port, metrics_port=endpoint and endpoint.port)
         if not is_loopback(settings.listen):
             log.warning("open_to_the_network", address=settings.listen, hint="anybody who reaches it can use it")
-        cleanup.enter_context(signals.installed())
         loading = asyncio.create_task(_load(app, server, metrics))
         cleanup.push_async_callback(asyncio.wait, [loading])
         stopping = asyncio.create_task(signals.first.wait())

@@ -26,8 +26,8 @@ class OnnxOptions(BaseModel):
     kv_cache: ByteSize = Field(ByteSize(2**30), ge=2**20)
     """Memory for keys and values, per model, such as "1GiB"."""
     spinning: bool = True
-    """Whether threads wait for the next operator actively: a fifth faster at one stream, also beside a client on the same
-    processors; turn it off where several models run at once on few."""
+    """Whether threads wait for the next operator actively: a fifth faster at one stream, also beside a client on the
+    same processors; turn it off where several models run at once on few."""
 
 
 class OnnxBackend:
