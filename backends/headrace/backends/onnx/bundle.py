@@ -29,6 +29,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from headrace.backends.api import ModelCard
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -98,6 +100,18 @@ class Manifest(BaseModel):
     built_with: dict[str, str]
     """Versions of the packages that wrote the graph."""
     files: dict[str, FileEntry]
+
+    def card(self) -> ModelCard:
+        """What a server tells of the model."""
+        return ModelCard(
+            name=self.name,
+            context_length=self.context_length,
+            digest=self.digest,
+            architecture=self.architecture,
+            quantization=self.quantization,
+            parameter_count=self.parameter_count,
+            license=self.license,
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:

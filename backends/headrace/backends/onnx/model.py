@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from headrace.backends.api import DeterminismClass, Logits, ModelCard, Row, Tokenizer
+from headrace.backends.api import DeterminismClass, Logits, Row, Tokenizer
 from headrace.backends.errors import BackendError
 from headrace.backends.logits import HostLogits
 from headrace.backends.onnx.bundle import Manifest
@@ -45,15 +45,7 @@ class OnnxModel:
         num_kv_tokens: int,
         spinning: bool,
     ) -> None:
-        self.card = ModelCard(
-            name=manifest.name,
-            context_length=manifest.context_length,
-            digest=manifest.digest,
-            architecture=manifest.architecture,
-            quantization=manifest.quantization,
-            parameter_count=manifest.parameter_count,
-            license=manifest.license,
-        )
+        self.card = manifest.card()
         self.tokenizer = tokenizer
         self.num_slots = num_slots
         self.num_kv_tokens = num_kv_tokens

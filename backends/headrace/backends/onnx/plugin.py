@@ -11,7 +11,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field
 from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCard, StepModel
 from headrace.backends.errors import BackendError
 from headrace.backends.hookspecs import hookimpl
-from headrace.backends.onnx.bundle import Manifest, list_bundles
+from headrace.backends.onnx.bundle import list_bundles
 
 
 class OnnxOptions(BaseModel):
@@ -42,7 +42,7 @@ class OnnxBackend:
         self._models_dir = context.models_dir
 
     def list_models(self) -> Sequence[ModelCard]:
-        return [_card(manifest) for manifest in list_bundles(self._models_dir)]
+        return [manifest.card() for manifest in list_bundles(self._models_dir)]
 
     def load(self, name: str) -> StepModel:
         # onnxruntime is loaded with the first model: listing bundles does not need it.
@@ -67,18 +67,6 @@ class OnnxBackend:
             num_kv_tokens=int(options.kv_cache) // kv_bytes_per_token(manifest),
             spinning=options.spinning,
         )
-
-
-def _card(manifest: Manifest) -> ModelCard:
-    return ModelCard(
-        name=manifest.name,
-        context_length=manifest.context_length,
-        digest=manifest.digest,
-        architecture=manifest.architecture,
-        quantization=manifest.quantization,
-        parameter_count=manifest.parameter_count,
-        license=manifest.license,
-    )
 
 
 @hookimpl
