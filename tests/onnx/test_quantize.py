@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from headrace.backends.onnx.quantize import ZERO_POINT, quantize_blocks
+from headrace.backends.onnx.quantize import CHANNEL_LARGEST, ZERO_POINT, quantize_blocks, quantize_channels
 
 BLOCK = 16
 weights = hnp.arrays(
@@ -45,3 +45,16 @@ def test_rows_do_not_depend_on_how_many_there_are(num_rows):
     last_values, last_scales = quantize_blocks(weight[-1:], BLOCK)
     assert (values[-1:] == last_values).all()
     assert (scales[-1:] == last_scales).all()
+
+
+@given(weights)
+def test_a_weight_by_channel_is_off_by_at_most_half_a_scale(weight):
+    values, scales = quantize_channels(weight)
+    assert (np.abs(values.T * scales[:, None] - weight) <= 0.5001 * scales[:, None]).all()
+    assert (np.abs(values.astype(int)) <= CHANNEL_LARGEST).all()
+
+
+def test_a_channel_of_zeros_stays_zero_with_a_usable_scale():
+    values, scales = quantize_channels(np.zeros((2, 32), np.float32))
+    assert (values == 0).all()
+    assert (scales > 0).all()

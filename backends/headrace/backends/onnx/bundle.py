@@ -82,7 +82,7 @@ class Manifest(BaseModel):
     architecture: str
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     """``bundle_digest`` of the files."""
-    quantization: Literal["int8", "fp32"]
+    quantization: Literal["int8", "w8a8", "fp32"]
     context_length: Count
     vocabulary_size: Count
     num_layers: Count

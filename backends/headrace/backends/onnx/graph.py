@@ -82,7 +82,9 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def packed_decoder(
     config: DecoderConfig, weights: Weights, formulation: Formulation, file: WeightFile
 ) -> onnx.ModelProto:
-    """The graph that this module describes; its weights go to ``file``."""
+    """The graph that this module describes; its weights go to ``file``. What the formulation relies on, ``config`` and
+    ``weights`` must already have.
+    """
     return _Decoder(config, weights, formulation, GraphBuilder(file)).model()
 
 
@@ -95,9 +97,7 @@ class _Decoder:
 
     def model(self) -> onnx.ModelProto:
         config, graph = self._config, self._graph
-        embedding = Matrix(
-            "embedding", (config.vocabulary_size, config.hidden_size), partial(self._weights, "embedding")
-        )
+        embedding = self._matrix("embedding", ["embedding"])
         residual, branch = self._formulation.embedding(graph, "input_ids", embedding, "embedded"), None
         for i in range(config.num_layers):
             x, residual = self._add_norm(f"{i}.attention_norm", residual, branch)
@@ -106,10 +106,8 @@ class _Decoder:
             branch = self._ffn(i, x)
         x, _ = self._add_norm("final_norm", residual, branch)
         x = graph.node("Gather", [x, "logits_index"], "selected", axis=0)
-        if config.tied_embeddings:
-            self._formulation.linear(graph, x, embedding, "logits")
-        else:
-            self._linear(x, "head", ["head"], "logits")
+        head = embedding if config.tied_embeddings else self._matrix("head", ["head"])
+        self._formulation.linear(graph, x, head, "logits")
         return graph.model(*self._signature())
 
     def _attention(self, layer: int, x: str) -> str:
@@ -142,11 +140,11 @@ class _Decoder:
 
     def _ffn(self, layer: int, x: str) -> str:
         graph = self._graph
-        gate_up = self._linear(x, f"{layer}.gate_up", [f"{layer}.gate", f"{layer}.up"])
-        gate, up = f"{layer}.gate", f"{layer}.up"
-        graph.node("Split", [gate_up], gate, up, axis=1, num_outputs=2)
+        gate = self._linear(x, f"{layer}.gate", [f"{layer}.gate"])
+        up = self._linear(x, f"{layer}.up", [f"{layer}.up"])
         activated = graph.node("QuickGelu", [gate], f"{layer}.silu", domain=MICROSOFT, alpha=1.0)
-        return self._linear(graph.node("Mul", [activated, up], f"{layer}.act"), f"{layer}.down", [f"{layer}.down"])
+        gated = graph.node("Mul", [activated, up], f"{layer}.act")
+        return self._linear(gated, f"{layer}.down", [f"{layer}.down"])
 
     def _add_norm(self, name: str, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds a branch to the residual; returns that normalised, and the sum."""
@@ -167,15 +165,18 @@ class _Decoder:
         )
         return normalized, total
 
-    def _linear(self, x: str, name: str, parts: list[str], output: str | None = None) -> str:
-        """The product with the weights ``parts``, one below the other."""
+    def _linear(self, x: str, name: str, parts: list[str]) -> str:
+        return self._formulation.linear(self._graph, x, self._matrix(name, parts), f"{name}.y")
+
+    def _matrix(self, name: str, parts: list[str]) -> Matrix:
+        """The weights ``parts``, one below the other."""
         shapes = weight_shapes(self._config)
-        matrix = Matrix(
+        return Matrix(
             name,
             (sum(shapes[part][0] for part in parts), shapes[parts[0]][1]),
             lambda: np.concatenate([self._weights(part) for part in parts]),
+            normalized=not name.endswith((".o", ".down")),
         )
-        return self._formulation.linear(self._graph, x, matrix, output or f"{name}.y")
 
     def _weight(self, name: str, make: Callable[[], NDArray[np.float32]]) -> str:
         (stored,) = self._graph.stored([name], lambda: [make()])

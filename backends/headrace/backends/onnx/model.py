@@ -10,8 +10,10 @@ operator appends in place. A batch is a range of neighbouring slots.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -67,6 +69,7 @@ class OnnxModel:
             num_tokens=num_kv_tokens,
         )
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._decodes: dict[tuple[int, int], _BoundRun] = {}
         self._logits = np.empty((num_slots, manifest.vocabulary_size), np.float32)
         self.determinism = self._warm_up()
 
@@ -92,6 +95,7 @@ class OnnxModel:
 
     def close(self) -> None:
         self._bindings.clear()
+        self._decodes.clear()
         del self._session
         self._kv.close()
 
@@ -99,40 +103,36 @@ class OnnxModel:
         """One run of the graph over neighbouring slots, ascending; writes the wanted logits to ``logits``."""
         first, last = rows[0].slot, rows[-1].slot
         num_rows = last - first + 1
-        counts = np.zeros(num_rows, np.int32)
-        ends = np.ones(num_rows, np.int32)  # an idle row must have a cell to look at
         for row in rows:
             self._kv.touch(row.slot, row.num_cached_tokens + len(row.token_ids))
-            counts[row.slot - first] = len(row.token_ids)
-            ends[row.slot - first] = row.num_cached_tokens + len(row.token_ids)
-        width = int(counts.max())
-        starts = np.cumsum(counts) - counts
-        columns = np.arange(width)
-        real = columns < counts[:, None]
-        pad_index = np.where(real, starts[:, None] + columns, 0)
-        feeds = {
-            "input_ids": np.concatenate([np.asarray(row.token_ids, np.int64) for row in rows]),
-            "pad_index": pad_index,
-            "unpad_index": np.flatnonzero(real),
-            "logits_index": np.array(
-                [starts[r.slot - first] + len(r.token_ids) - 1 for r in rows if r.wants_logits], np.int64
-            ),
-            "seqlens_k": ends - 1,
-            "total_len": np.array(ends.max(), np.int32),
-            "query_seqlens": counts,
-        }
-        binding = self._bindings.get((first, num_rows)) or self._bind_cache(first, num_rows)
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        if len(rows) == num_rows and all(len(row.token_ids) == 1 and row.wants_logits for row in rows):
+            run = self._decodes.get((first, num_rows)) or self._bind_decode(first, num_rows)
+            run.feeds["input_ids"][:] = [row.token_ids[0] for row in rows]
+            ends = [row.num_cached_tokens + 1 for row in rows]
+            run.feeds["seqlens_k"][:] = ends
+            run.feeds["seqlens_k"] -= 1
+            run.feeds["total_len"][()] = max(ends)
+        else:
+            if (first, num_rows) not in self._bindings:
+                self._bindings[first, num_rows] = self._bind_cache(first, num_rows)
+            run = _BoundRun(self._bindings[first, num_rows], _feeds(rows, first, num_rows))
+        run.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(run.binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise BackendError("the model's graph failed to run") from error
-        # `feeds` and `logits` are bound by pointer: they had to live until here.
-        del feeds
+
+    def _bind_decode(self, first: int, num_rows: int) -> _BoundRun:
+        """A run of one token in each of neighbouring slots. Serving does little else: what it is fed is bound once, and
+        written in place.
+        """
+        rows = [Row(slot, 0, [0], wants_logits=True) for slot in range(first, first + num_rows)]
+        run = _BoundRun(self._bind_cache(first, num_rows), _feeds(rows, first, num_rows))
+        self._decodes[first, num_rows] = run
+        return run
 
     def _bind_cache(self, first: int, num_rows: int) -> ort.IOBinding:
+        """A binding of the cache of neighbouring slots. Making one takes longer than using it."""
         binding = self._session.io_binding()
         shape = (num_rows, self._manifest.num_kv_heads, self._kv.capacity, self._manifest.head_size)
         for layer in range(self._manifest.num_layers):
@@ -140,7 +140,6 @@ class OnnxModel:
                 where = ("cpu", 0, np.float32, shape, self._kv.address(layer, part, first))
                 binding.bind_input(f"past_{name}.{layer}", *where)
                 binding.bind_output(f"present_{name}.{layer}", *where)
-        self._bindings[first, num_rows] = binding
         return binding
 
     def _warm_up(self) -> DeterminismClass:
@@ -185,6 +184,41 @@ class OnnxModel:
         """The bits of one row's logits after a step."""
         index = [row.slot for row in rows].index(slot)
         return self.step(rows).row(index).tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundRun:
+    """What one run of the graph is fed, bound to it by pointer: ``feeds`` must live until the run is over."""
+
+    binding: ort.IOBinding
+    feeds: Mapping[str, NDArray[Any]]
+
+    def __post_init__(self) -> None:
+        for name, value in self.feeds.items():
+            self.binding.bind_cpu_input(name, value)
+
+
+def _feeds(rows: Sequence[Row], first: int, num_rows: int) -> dict[str, NDArray[Any]]:
+    """The graph's inputs but for the cache, for rows of ``num_rows`` neighbouring slots from ``first``."""
+    counts = np.zeros(num_rows, np.int32)
+    ends = np.ones(num_rows, np.int32)  # an idle row must have a cell to look at
+    for row in rows:
+        counts[row.slot - first] = len(row.token_ids)
+        ends[row.slot - first] = row.num_cached_tokens + len(row.token_ids)
+    starts = np.cumsum(counts) - counts
+    columns = np.arange(counts.max())
+    real = columns < counts[:, None]
+    return {
+        "input_ids": np.concatenate([np.asarray(row.token_ids, np.int64) for row in rows]),
+        "pad_index": np.where(real, starts[:, None] + columns, 0),
+        "unpad_index": np.flatnonzero(real),
+        "logits_index": np.array(
+            [starts[row.slot - first] + len(row.token_ids) - 1 for row in rows if row.wants_logits], np.int64
+        ),
+        "seqlens_k": ends - 1,
+        "total_len": np.array(ends.max(), np.int32),
+        "query_seqlens": counts,
+    }
 
 
 def _group_neighbours(rows: Sequence[Row]) -> list[list[int]]:

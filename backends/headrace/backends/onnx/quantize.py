@@ -1,4 +1,6 @@
-"""Block-wise symmetric int8, as ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` read it."""
+"""Symmetric int8: in blocks, as ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` read it, and by output
+channel, as ``com.microsoft.MatMulIntegerToFloat`` does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 ZERO_POINT = 128
-"""What both operators take for zero when they are given no zero points."""
+"""Of uint8. The block-wise operators take it for zero when they are given no zero points."""
+
+CHANNEL_LARGEST = 112
+"""The largest magnitude of an int8 weight by channel. Without VNNI, ONNX Runtime adds two products of uint8 and int8 in
+16 bits, saturating; two of 127 and activations a little above their zero point would be clipped."""
 
 _ROWS_AT_ONCE = 4096  # bounds the temporary arrays
 
@@ -30,4 +36,18 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
         scales[rows] = np.where(largest > 0, largest / np.float32(127), np.float32(1))
         quotient = blocks / scales[rows, :, None]
         values[rows] = np.rint(quotient).astype(np.int16) + ZERO_POINT
+    return values, scales
+
+
+def quantize_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantises ``weight`` [N, K] with one scale for each of N.
+
+    Returns the values [K, N] and the scales [N]: a weight is value x scale, and off by at most half a scale.
+    """
+    largest = np.abs(weight).max(axis=-1)
+    scales = np.where(largest > 0, largest / np.float32(CHANNEL_LARGEST), np.float32(1))
+    values = np.empty((weight.shape[1], weight.shape[0]), np.int8)
+    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        values[:, rows] = np.rint(weight[rows] / scales[rows, None]).T
     return values, scales

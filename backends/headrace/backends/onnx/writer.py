@@ -93,6 +93,11 @@ class GraphBuilder:
         self._initializers[name] = onnx.numpy_helper.from_array(np.array(values, np.int64), name)
         return name
 
+    def scalar(self, name: str, value: np.generic) -> str:
+        """Uses a number, kept in the graph. Returns ``name``."""
+        self._initializers[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
+        return name
+
     def model(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
         """The finished model."""
         # A tensor may have been asked for only to be viewed in another shape.
