@@ -25,7 +25,10 @@ from headrace.backends.types import (
 )
 from headrace.server.app import App, running_app
 from headrace.server.config import Settings
-from headrace.server.middleware.authentication import Authenticator
+from headrace.server.middleware.authentication import Authenticates
+
+Install = Callable[..., str]
+"""Installs a plugin's source (fixture ``install``); gives the plugin's name."""
 
 _numbers = itertools.count()
 
@@ -45,18 +48,15 @@ class TwoTenants:
 def settings(scripts: Mapping[str, Mapping[str, Any]] | None = None, **options: Any) -> Settings:
     """Settings of a server with scripted models; by default one that says letters. ``options`` are other settings."""
     options.setdefault("plugins", ("scripted",))
-    return Settings(
-        models_dir=Path("unused"),
-        backends={"scripted": {"models": scripts or {"letters": {}}}},
-        **options,
-    )
+    backends = {"scripted": {"models": scripts or {"letters": {}}}} | options.pop("backends", {})
+    return Settings(models_dir=Path("unused"), backends=backends, **options)
 
 
 @asynccontextmanager
 async def app_with(
     scripts: Mapping[str, Mapping[str, Any]] | None = None,
     *,
-    authenticator: Authenticator | None = None,
+    authenticator: Authenticates | None = None,
     **options: Any,
 ) -> AsyncIterator[App]:
     async with running_app(settings(scripts, **options), authenticator=authenticator) as app:

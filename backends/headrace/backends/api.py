@@ -13,8 +13,8 @@ Raise the errors of ``headrace.backends.errors``; anything else fails the call a
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -88,8 +88,16 @@ class Model(Protocol):
     card: ModelCard
     backend: str
     """Name of the backend that loaded it."""
-    tokenizer: Tokenizer
     determinism: DeterminismClass
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """``None`` if only the backend's own service knows it: prompts then come as text alone
+        (``call.prompt.token_ids`` is empty), and tokens cannot be counted beforehand.
+        """
+
+    def problem(self) -> str | None:
+        """Why it cannot serve now, or ``None``. Asked every second, on the event loop: it must not block."""
 
     def close(self) -> None:
         """Frees everything. No call is running."""
@@ -140,6 +148,9 @@ class StepModel(Model, Protocol):
     engine reserves.
     """
 
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
     num_slots: int
     num_kv_tokens: int
     max_chunk: int
@@ -168,6 +179,8 @@ class Capabilities:
     """Paths of the request fields it honours, such as ``"sampling.top_k"``; any other is refused by name."""
     max_n: int = 1
     max_top_logprobs: int = 0
+    extensions: Mapping[str, type[BaseModel]] = field(default_factory=dict)
+    """The names it takes in ``extensions``, and the shape of each; ``Call.extensions`` has what a request gave."""
 
 
 @runtime_checkable

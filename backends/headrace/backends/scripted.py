@@ -160,6 +160,9 @@ class ScriptedStepModel:
         logits = [self._logits(row.slot) for row in rows if self._append(row).wants_logits]
         return HostLogits(np.array(logits, np.float32).reshape(-1, VOCABULARY_SIZE))
 
+    def problem(self) -> str | None:
+        return None
+
     def close(self) -> None:
         assert not self._slots, "closed while slots are in use"
 
@@ -238,6 +241,9 @@ class ScriptedCallModel:
         yield ChoiceFinish(0, reason, stop_token_id=EOS if reason is FinishReason.EOS_TOKEN else None)
         attempt.outcome = AttemptOutcome.COMPLETED
         yield StreamEnd()
+
+    def problem(self) -> str | None:
+        return None
 
     def close(self) -> None:
         """Holds nothing."""

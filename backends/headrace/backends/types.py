@@ -15,6 +15,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from headrace.backends.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -444,6 +446,8 @@ class Call:
     principal: Principal = ANONYMOUS
     model: Model | None = None
     """Set by ``resolve``."""
+    extensions: Mapping[str, BaseModel] = field(default_factory=dict)
+    """Set by ``resolve``: the request's, in the shapes that the model declares."""
     prompt: Prompt | None = None
     """Set by ``tokenize``."""
     max_new_tokens: int = 0

@@ -29,13 +29,14 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
     except (SettingsError, PluginError) as error:
         raise CliError(str(error)) from None
     values = settings.model_dump(mode="json")
-    backends = values.pop("backends")
+    tables = {name: values.pop(name) for name, value in list(values.items()) if isinstance(value, dict)}
     for name, value in values.items():
         if value is None:
             click.echo(f"# {name} is not set")
         else:
             click.echo(f"{name} = {json.dumps(value)}")
-    for backend, options in backends.items():
-        click.echo(f"\n[backends.{backend}]")
-        for name, value in options.items():
-            click.echo(f"{name} = {json.dumps(value)}")
+    for kind, by_name in tables.items():
+        for component, options in by_name.items():
+            click.echo(f"\n[{kind}.{component}]")
+            for name, value in options.items():
+                click.echo(f"{name} = {json.dumps(value)}")

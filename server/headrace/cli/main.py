@@ -7,6 +7,7 @@ import sys
 import click
 
 from headrace.cli.lazy import LazyCommand, LazyGroup
+from headrace.cli.plugin_commands import plugin_commands
 
 COMMANDS = (
     LazyCommand(
@@ -27,6 +28,7 @@ COMMANDS = (
 @click.group(
     cls=LazyGroup,
     lazy=COMMANDS,
+    of_plugins=plugin_commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="headrace", prog_name="headrace")

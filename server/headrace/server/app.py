@@ -9,18 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from pydantic import ValidationError
-
-from headrace.backends.api import Backend, BackendContext, DeterminismClass, ModelCard
+from headrace.backends.api import Backend, DeterminismClass, ModelCard
+from headrace.backends.components import Place
 from headrace.backends.types import Handler, Principal, Sampling
-from headrace.server.config import Settings, SettingsError, describe
+from headrace.server import components
+from headrace.server.config import Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
-from headrace.server.middleware.authentication import AllowAnonymous, Authenticator, authenticate
+from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
+from headrace.server.middleware.reporting import UsageReporter
 from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.tokenize import tokenize
 from headrace.server.plugins import Plugin, load_plugins
-from headrace.server.registry import ModelRegistry, Served
+from headrace.server.registry import ModelRegistry, ModelState, Served
 from headrace.server.rpc.application import ServedModel
 
 T = TypeVar("T")
@@ -33,27 +34,42 @@ class App:
         self,
         settings: Settings,
         *,
-        authenticator: Authenticator | None = None,
+        authenticator: Authenticates | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Loads plugins and checks their settings; raises PluginError or SettingsError. ``load`` loads models."""
+        """Loads plugins and checks their settings; raises PluginError or SettingsError. ``load`` loads models.
+
+        ``authenticator`` stands in for one of the settings.
+        """
         self.settings = settings
         self.draining = False
         self.plugins: list[Plugin] = load_plugins(settings.plugins)
-        self._backends = _make_backends(settings, self.plugins)
+        self._backends = components.make_backends(settings, self.plugins)
         self._ceiling = CallCeiling(settings.max_calls, lambda: self.draining)
-        self._authenticator = authenticator or AllowAnonymous()
+        self._authenticator: Authenticates = (
+            authenticator or components.make_authenticator(settings, self.plugins) or AllowAnonymous()
+        )
+        self._reporter = UsageReporter(components.make_usage_sinks(settings, self.plugins), clock=clock)
         self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
-        self.registry = ModelRegistry(clock=clock, max_queued=settings.max_queued)
-        # The middleware, outermost first.
+        self.registry = ModelRegistry(
+            clock=clock,
+            max_queued=settings.max_queued,
+            logits_processors=[processor for plugin in self.plugins for processor in plugin.logits_processors],
+        )
+        middleware = components.make_middleware(settings, self.plugins)
+        # Innermost first.
         handler: Handler = self.registry.run
+        handler = components.wrap(handler, middleware[Place.BACKEND])
         handler = tokenize(
             handler,
             registry=self.registry,
             executor=self._executor,
             default_max_new_tokens=settings.default_max_new_tokens,
         )
-        self.generate = self.front(handler)
+        handler = resolve(handler, registry=self.registry)
+        handler = components.wrap(handler, middleware[Place.REQUEST])
+        handler = self._reporter.report(handler)
+        self.generate = self.front(handler, resolve_model=False)
 
     def front(self, inner: Handler, *, resolve_model: bool = True) -> Handler:
         """What all calls share, around ``inner``: ceilings, authentication, and the model unless told otherwise."""
@@ -62,8 +78,10 @@ class App:
         return self._ceiling.limit(handler)
 
     def offers(self) -> list[tuple[Backend, ModelCard]]:
-        """The models that the settings name, or all there are. Raises SettingsError if one is not there, or twice."""
-        offers = [(backend, card) for backend in self._backends for card in backend.list_models()]
+        """The models that the settings name, or all there are. Raises SettingsError if one is not there, or twice, and
+        PluginError if a backend cannot say what it has.
+        """
+        offers = components.list_models(self._backends)
         if not offers:
             raise SettingsError(
                 f"models_dir: no model in {self.settings.models_dir}; build one: headrace models build smollm2-135m"
@@ -97,12 +115,13 @@ class App:
 
     async def close(self) -> None:
         """Frees everything. No call is running."""
+        await self._reporter.close()
         await self.registry.close()
         self._executor.shutdown()
 
 
 @asynccontextmanager
-async def running_app(settings: Settings, *, authenticator: Authenticator | None = None) -> AsyncIterator[App]:
+async def running_app(settings: Settings, *, authenticator: Authenticates | None = None) -> AsyncIterator[App]:
     """An App with its models loaded, closed at the end."""
     app = App(settings, authenticator=authenticator)
     try:
@@ -119,35 +138,19 @@ def _check_names(setting: str, names: Sequence[str], offers: Sequence[tuple[Back
             raise SettingsError(f"{setting}: no model {name!r}; there is {', '.join(there) or 'none'}")
 
 
-def _make_backends(settings: Settings, plugins: Sequence[Plugin]) -> list[Backend]:
-    classes = {backend.name: backend for plugin in plugins for backend in plugin.backends}
-    for name in settings.backends:
-        if name not in classes:
-            raise SettingsError(f"backends.{name}: no such backend; there is {', '.join(classes)}")
-    context = BackendContext(models_dir=settings.models_dir)
-    backends = []
-    for name, backend in classes.items():
-        try:
-            options = backend.Options.model_validate(settings.backends.get(name, {}))
-        except ValidationError as error:
-            raise SettingsError(describe(error, backend.Options.model_fields, f"backends.{name}.")) from None
-        backends.append(backend(options, context))
-    return backends
-
-
 def _describe(served: Served, default: str | None) -> ServedModel:
     engine, model = served.engine, served.model
     return ServedModel(
         card=served.card,
         backend=served.backend,
-        state=served.state,
+        state=served.state if served.problem() is None else ModelState.FAILED,
         is_default=served.card.name == default,
         determinism=model.determinism if model else DeterminismClass.BEST_EFFORT,
-        options=served.capabilities.options,
+        options=served.capabilities.options | {f"extensions[{name!r}]" for name in served.capabilities.extensions},
         max_n=served.capabilities.max_n,
         max_top_logprobs=served.capabilities.max_top_logprobs,
         max_running=engine.model.num_slots if engine else None,
-        vocabulary_size=model.tokenizer.vocabulary_size if model else None,
+        vocabulary_size=model.tokenizer.vocabulary_size if model and model.tokenizer else None,
         continuous_batching=engine is not None,
         default_sampling=Sampling(temperature=DEFAULT_TEMPERATURE) if engine else Sampling(),
         prefill_tokens_per_second=engine.prefill_tokens_per_second if engine else None,

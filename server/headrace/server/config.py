@@ -48,6 +48,8 @@ def _check_address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
+Tables = dict[str, dict[str, Any]]
+"""Settings of plugins' components, by name; each is checked by its plugin's own model."""
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -75,9 +77,12 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto: console on a terminal, else json.")
     log_level: LogLevel = Field(LogLevel.INFO, description="Least level that is logged.")
     plugins: tuple[str, ...] | None = Field(None, description="Plugins that may be loaded; none: all installed.")
-    backends: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="Settings of backends, by name: [backends.onnx] threads = 4."
+    backends: Tables = Field(default_factory=dict, description="Settings of backends: [backends.onnx] threads = 4.")
+    authenticators: Tables = Field(
+        default_factory=dict, description="Who calls, [authenticators.NAME], one at most; none: all are anonymous."
     )
+    middleware: Tables = Field(default_factory=dict, description="What runs, in order: [middleware.NAME].")
+    usage_sinks: Tables = Field(default_factory=dict, description="What is told of usage: [usage_sinks.NAME].")
 
     @field_validator("metrics_listen", "models", "default_model", "plugins", mode="before")
     @classmethod

@@ -6,11 +6,12 @@ import asyncio
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from headrace.backends.api import Backend, Capabilities, Model, ModelCard, StepModel, WholeCallModel
+from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendUnavailable, Loading, ModelNotFound
 from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, Call, Events, Handler
 from headrace.server.engine.engine import ENGINE_OPTIONS, Engine
@@ -39,6 +40,17 @@ class Served:
     handler: Handler | None = None
     engine: Engine | None = None
 
+    def problem(self) -> str | None:
+        """Why it cannot serve now, or ``None``; not for callers, it may name the operator's things."""
+        if self.state is ModelState.LOADING:
+            return "it is being loaded"
+        if self.model is None:
+            return "it could not be loaded"
+        try:
+            return self.model.problem()
+        except Exception as error:  # noqa: BLE001  # a plugin may raise anything
+            return f"{type(error).__name__}: {error}"
+
     @property
     def max_tokens(self) -> int:
         """Tokens of prompt and output that one choice can have."""
@@ -48,9 +60,16 @@ class Served:
 class ModelRegistry:
     """Loads models, finds them by name, and closes them."""
 
-    def __init__(self, *, clock: Callable[[], float], max_queued: int) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float],
+        max_queued: int,
+        logits_processors: Sequence[type[LogitsProcessor]] = (),
+    ) -> None:
         self._clock = clock
         self._max_queued = max_queued
+        self._logits_processors = {processor.name: processor for processor in logits_processors}
         self._served: dict[str, Served] = {}
         self._default: str | None = None
         self._log = structlog.get_logger("headrace.models")
@@ -88,6 +107,8 @@ class ModelRegistry:
             raise Loading(served.card.name)
         if served.state is ModelState.FAILED:
             raise BackendUnavailable(f"model {served.card.name!r} could not be loaded")
+        if served.problem() is not None:
+            raise BackendUnavailable(f"model {served.card.name!r} cannot serve now; try again")
         return served
 
     async def run(self, call: Call) -> Events:
@@ -119,6 +140,10 @@ class ModelRegistry:
             served.capabilities = model.capabilities
             served.handler = model.generate
         else:
-            served.engine = Engine(model, clock=self._clock, max_queued=self._max_queued)
+            processors = self._logits_processors
+            served.engine = Engine(model, clock=self._clock, max_queued=self._max_queued, logits_processors=processors)
+            served.capabilities = replace(
+                _ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}
+            )
             served.handler = served.engine.generate
         served.state = ModelState.READY

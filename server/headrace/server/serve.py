@@ -14,15 +14,17 @@ from headrace.server.app import App
 from headrace.server.config import Settings, is_loopback
 from headrace.server.engine.engine import Engine
 from headrace.server.metrics import Metrics, MetricsEndpoint, serve_metrics
-from headrace.server.middleware.authentication import Authenticator
-from headrace.server.registry import ModelState
+from headrace.server.middleware.authentication import Authenticates
 from headrace.server.rpc.server import RunningServer, start_server
+
+_WATCH_SECONDS = 1.0
+"""Between two looks at the models' health."""
 
 
 async def serve(
     settings: Settings,
     *,
-    authenticator: Authenticator | None = None,
+    authenticator: Authenticates | None = None,
     on_ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, new calls are refused, running ones get
@@ -35,9 +37,8 @@ async def serve(
     app = App(settings, authenticator=authenticator)
     app.offers()  # what is wrong with the models is said before anything listens
     for plugin in app.plugins:
-        log.info(
-            "plugin_loaded", plugin=plugin.name, package=plugin.package, backends=[b.name for b in plugin.backends]
-        )
+        provides = [f"{kind} {name}" for kind, name in plugin.provides()]
+        log.info("plugin_loaded", plugin=plugin.name, package=plugin.package, version=plugin.version, provides=provides)
     metrics = Metrics(CollectorRegistry())
     signals = _Signals()
     async with contextlib.AsyncExitStack() as cleanup:
@@ -66,6 +67,8 @@ async def serve(
             await loading
             if on_ready:
                 on_ready(server.port)
+            watching = asyncio.create_task(_watch(app, server))
+            cleanup.callback(watching.cancel)
         await stopping
         log.info("stopping", grace=settings.shutdown_grace)
     log.info("stopped")
@@ -96,11 +99,29 @@ async def _load(app: App, server: RunningServer, metrics: Metrics) -> None:
     """Loads the models, and says so to health checks and metrics."""
     await app.load()
     for served in app.registry:
-        ready = served.state is ModelState.READY
-        server.health.set_model_serving(served.card.name, ready)
+        server.health.set_model_serving(served.card.name, served.problem() is None)
         if served.engine:
             _observe(served.engine, metrics)
-    server.set_serving(any(served.state is ModelState.READY for served in app.registry))
+    server.set_serving(any(served.problem() is None for served in app.registry))
+
+
+async def _watch(app: App, server: RunningServer) -> None:
+    """Asks the models how they are, and tells health checks and the log what has changed."""
+    log = structlog.get_logger("headrace.models")
+    seen = {served.card.name: served.problem() for served in app.registry}
+    while True:
+        await asyncio.sleep(_WATCH_SECONDS)
+        for served in app.registry:
+            name, problem = served.card.name, served.problem()
+            if problem == seen[name]:
+                continue
+            seen[name] = problem
+            server.health.set_model_serving(name, problem is None)
+            server.set_serving(None in seen.values())
+            if problem is None:
+                log.info("model_recovered", model=name)
+            else:
+                log.warning("model_unhealthy", model=name, problem=problem)
 
 
 def _observe(engine: Engine, metrics: Metrics) -> None:

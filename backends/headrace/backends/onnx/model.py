@@ -93,6 +93,9 @@ class OnnxModel:
             logits = logits[np.argsort(order)]
         return HostLogits(logits)
 
+    def problem(self) -> str | None:
+        return None
+
     def close(self) -> None:
         self._bindings.clear()
         self._decodes.clear()

@@ -18,11 +18,12 @@ import secrets
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
 from headrace.backends.api import Row, StepModel
+from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import (
     BackendError,
     BackendUnavailable,
@@ -111,13 +112,23 @@ DEFAULT_TEMPERATURE = 0.0
 class Engine:
     """Runs calls on one ``StepModel``, which it owns. ``generate`` is a ``Handler``."""
 
-    def __init__(self, model: StepModel, *, clock: Callable[[], float], max_queued: int) -> None:
-        """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot."""
+    def __init__(
+        self,
+        model: StepModel,
+        *,
+        clock: Callable[[], float],
+        max_queued: int,
+        logits_processors: Mapping[str, type[LogitsProcessor]] | None = None,
+    ) -> None:
+        """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot.
+        ``logits_processors`` are those that ``call.extensions`` may name.
+        """
         self.model = model
         self.max_tokens = min(model.card.context_length, model.num_kv_tokens)
         """Tokens of prompt and output that one choice can have."""
         self._clock = clock
         self._max_queued = max_queued
+        self._logits_processors = logits_processors or {}
         self._num_queued = 0
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
@@ -170,10 +181,11 @@ class Engine:
             raise QueueFull(
                 f"{self._num_queued} of {self._max_queued} places in the queue are taken", retry_after=self._patience()
             )
+        processors = [self._make_processors(call) for _ in range(n)]  # may raise: nothing has begun
         attempt = call.meter.begin(self.model.backend)
         attempt.usage.input_tokens = attempt.usage.output_tokens = 0
         stream = EventStream(_MAX_PENDING_EVENTS, on_room=self._wake)
-        sequences = [self._new_sequence(call, attempt, stream, choice) for choice in range(n)]
+        sequences = [self._new_sequence(call, attempt, stream, i, of_choice) for i, of_choice in enumerate(processors)]
         self._num_queued += n
         self._commands.put(lambda: self._add(sequences))
         try:
@@ -226,7 +238,15 @@ class Engine:
     def _wake(self) -> None:
         self._commands.put(lambda: None)
 
-    def _new_sequence(self, call: Call, attempt: Attempt, stream: EventStream, choice: int) -> Sequence:
+    def _make_processors(self, call: Call) -> list[LogitsProcessor]:
+        return [
+            self._logits_processors[name](parameters, self.model.tokenizer)
+            for name, parameters in call.extensions.items()
+        ]
+
+    def _new_sequence(
+        self, call: Call, attempt: Attempt, stream: EventStream, choice: int, processors: list[LogitsProcessor]
+    ) -> Sequence:
         request, prompt = call.request, call.prompt
         if prompt is None:
             raise RuntimeError("a call reached the engine without being tokenized. This is a bug.")
@@ -249,6 +269,7 @@ class Engine:
                 choice=choice,
                 prompt_ids=prompt.token_ids,
                 num_logprobs=response.top_logprobs if response.logprobs else None,
+                processors=processors,
             ),
             text=TextAssembler(stopping.stop_sequences, include_stop_sequence=stopping.include_stop_sequence),
             stream=stream,
@@ -360,7 +381,10 @@ class Engine:
             sampled = sample(logits, [sequence.sampling for sequence in ready], forbidden)
             now = self._clock()
             for sequence, token in zip(ready, sampled, strict=True):
-                self._accept(sequence, token, now)
+                if isinstance(token, Exception):
+                    self._fail_all([sequence], token)
+                else:
+                    self._accept(sequence, token, now)
 
     def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         """Takes a new token: counts it, shows what may be shown, and finishes the choice if it ends here."""

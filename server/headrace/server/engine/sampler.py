@@ -1,7 +1,7 @@
 """Chooses the next token of every row of a step.
 
-The stages, in order: logit bias, penalties, tokens that may not come yet; then temperature, top-k, top-p, min-p and
-typical-p. Log-probabilities are those of the model, before any stage.
+The stages, in order: logit bias, penalties, logits processors, tokens that may not come yet; then temperature, top-k,
+top-p, min-p and typical-p. Log-probabilities are those of the model, before any stage.
 
 The work is done on the largest logits of each row, and is exact: where the kept tokens may reach beyond them, or the
 drawn number falls beyond them, more are looked at, and in the end the whole row. A choice draws one number per token
@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.api import Logits, TopLogits
+from headrace.backends.components import LogitsProcessor
+from headrace.backends.errors import BackendError
 from headrace.backends.types import Sampling
 
 _NUM_CANDIDATES = (64, 512)
@@ -50,6 +52,7 @@ class SamplingState:
         choice: int,
         prompt_ids: Sequence[int],
         num_logprobs: int | None,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         """``num_logprobs`` is how many of the likeliest tokens to report; ``None``: no log-probabilities at all."""
         temperature = default_temperature if sampling.temperature is None else sampling.temperature
@@ -63,18 +66,27 @@ class SamplingState:
         self._bias_ids = np.fromiter(sampling.logit_bias.keys(), np.int64, len(sampling.logit_bias))
         self._bias = np.fromiter(sampling.logit_bias.values(), np.float32, len(sampling.logit_bias))
         self._penalties = _Penalties(sampling, prompt_ids) if _Penalties.wanted(sampling) else None
+        self._processors = processors
+        self._prompt_ids = prompt_ids
+        self._output_ids: list[int] = []
+        """What processors are shown; empty without any."""
 
     @property
     def edits(self) -> bool:
         """Whether ``edit`` changes anything."""
-        return self._penalties is not None or self._bias_ids.size > 0
+        return self._penalties is not None or self._bias_ids.size > 0 or bool(self._processors)
 
     def edit(self, row: Floats) -> None:
-        """Applies bias and penalties to a row of logits, in place."""
+        """Applies bias, penalties and processors to a row of logits, in place. Raises what a processor raises."""
         if self._bias_ids.size:
             row[self._bias_ids] += self._bias
         if self._penalties:
             self._penalties.apply(row)
+        for processor in self._processors:
+            processor.process(self._prompt_ids, self._output_ids, row)
+            # Drawing from a row of nothing, or of NaN, would give a token that nobody chose.
+            if not row.max() > -np.inf:
+                raise BackendError(f"logits processor {processor.name!r} forbade every token, or made one NaN")
 
     def draw(self) -> float:
         """The next number of the choice's stream, in [0, 1)."""
@@ -84,6 +96,8 @@ class SamplingState:
         """Remembers that a token was chosen."""
         if self._penalties:
             self._penalties.count(token_id)
+        if self._processors:
+            self._output_ids.append(token_id)
 
 
 class _Penalties:
@@ -123,13 +137,22 @@ class _Penalties:
         self._counts[i] += 1
 
 
-def sample(logits: Logits, states: Sequence[SamplingState], forbidden: Sequence[Sequence[int]]) -> list[Sampled]:
-    """Chooses a token for each row. ``forbidden`` lists, row by row, the tokens that may not come yet."""
+def sample(
+    logits: Logits, states: Sequence[SamplingState], forbidden: Sequence[Sequence[int]]
+) -> list[Sampled | Exception]:
+    """Chooses a token for each row. ``forbidden`` lists, row by row, the tokens that may not come yet. A row whose
+    logits processors fail gets what they raised.
+    """
     reports = _report_logprobs(logits, states)
+    failures: dict[int, Exception] = {}
     for i, (state, tokens) in enumerate(zip(states, forbidden, strict=True)):
         if state.edits or tokens:
             row = logits.row(i)
-            state.edit(row)
+            try:
+                state.edit(row)
+            except Exception as error:  # noqa: BLE001  # a plugin may raise anything; it fails its own row
+                failures[i] = error
+                row[:] = 0
             row[list(tokens)] = -np.inf
     if all(state.temperature == 0 for state in states):
         chosen = logits.greedy().tolist()
@@ -142,7 +165,8 @@ def sample(logits: Logits, states: Sequence[SamplingState], forbidden: Sequence[
     for state, token_id in zip(states, chosen, strict=True):
         state.accept(token_id)
     return [
-        report.of(token_id) if report else Sampled(token_id) for report, token_id in zip(reports, chosen, strict=True)
+        failures.get(i) or (report.of(token_id) if report else Sampled(token_id))
+        for i, (report, token_id) in enumerate(zip(reports, chosen, strict=True))
     ]
 
 

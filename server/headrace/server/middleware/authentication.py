@@ -9,8 +9,8 @@ from typing import Protocol
 from headrace.backends.types import ANONYMOUS, Call, Events, Handler, Principal
 
 
-class Authenticator(Protocol):
-    """Verifies a caller from the call's metadata (lower-case keys)."""
+class Authenticates(Protocol):
+    """What is needed of a ``headrace.backends.components.Authenticator``."""
 
     async def authenticate(self, metadata: Mapping[str, str]) -> Principal:
         """Raises ``Unauthenticated``."""
@@ -23,7 +23,7 @@ class AllowAnonymous:
         return ANONYMOUS
 
 
-def authenticate(inner: Handler, *, authenticator: Authenticator) -> Handler:
+def authenticate(inner: Handler, *, authenticator: Authenticates) -> Handler:
     """Sets ``call.principal`` or raises ``Unauthenticated``."""
 
     async def handle(call: Call) -> Events:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import aclosing
+
+from pydantic import BaseModel, ValidationError
 
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.types import Call, Events, Handler
@@ -18,6 +21,7 @@ def resolve(inner: Handler, *, registry: ModelRegistry) -> Handler:
         served = registry.find(call.request.model)
         _check(call, served)
         call.model = served.model
+        call.extensions = _extensions(call, served)
         async with aclosing(inner(call)) as events:
             async for event in events:
                 yield event
@@ -29,11 +33,27 @@ def _check(call: Call, served: Served) -> None:
     request, name, backend = call.request, served.card.name, served.backend
     for option in sorted(request.options - served.capabilities.options):
         raise UnsupportedOption(option, model=name, backend=backend)
-    for extension in request.extensions:
-        raise UnsupportedOption(f"extensions[{extension}]", model=name, backend=backend)
     if request.n > served.capabilities.max_n:
         raise InvalidArgument("n", f"must be at most {served.capabilities.max_n} for {name!r}, got {request.n}")
     most = served.capabilities.max_top_logprobs
     if request.response.top_logprobs > most:
         problem = f"must be at most {most} for {name!r}, got {request.response.top_logprobs}"
         raise InvalidArgument("response.top_logprobs", problem)
+
+
+def _extensions(call: Call, served: Served) -> Mapping[str, BaseModel]:
+    parsed: dict[str, BaseModel] = {}
+    for name, values in call.request.extensions.items():
+        path, shape = f"extensions[{name!r}]", served.capabilities.extensions.get(name)
+        if shape is None:
+            raise UnsupportedOption(path, model=served.card.name, backend=served.backend)
+        try:
+            parsed[name] = shape.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            problem = f"no such parameter; there is {', '.join(shape.model_fields) or 'none'}"
+            if first["type"] != "extra_forbidden":
+                problem = first["msg"].removeprefix("Value error, ")
+            raise InvalidArgument(f"{path}.{where}" if where else path, problem) from None
+    return parsed

@@ -34,6 +34,8 @@ def tokenize(inner: Handler, *, registry: ModelRegistry, executor: Executor, def
 def make_prompt(source: Input, model: Model) -> Prompt:
     """The prompt as the model sees it. Blocks for as long as tokenizing takes."""
     tokenizer = model.tokenizer
+    if tokenizer is None:
+        return _untokenized(source, model)
     match source:
         case TextInput(text):
             encoding = tokenizer.encode(text)
@@ -54,9 +56,25 @@ def make_prompt(source: Input, model: Model) -> Prompt:
     return Prompt(encoding.text, encoding.ids)
 
 
+def _untokenized(source: Input, model: Model) -> Prompt:
+    match source:
+        case TextInput(text):
+            if not text:
+                raise InvalidArgument("text", "must not be empty")
+            return Prompt(text, ())
+        case ChatInput():
+            return Prompt("", ())  # the backend lays it out
+        case TokenIdsInput():
+            raise UnsupportedOption("token_ids", model=model.card.name, backend=model.backend)
+        case _:
+            raise UnsupportedOption("infill", model=model.card.name, backend=model.backend)
+
+
 def _check_ids(call: Call) -> None:
     """Token ids in options, which could not be checked before the model was known."""
     assert call.model is not None
+    if call.model.tokenizer is None:
+        return
     size = call.model.tokenizer.vocabulary_size
     for token_id in call.request.sampling.logit_bias:
         if token_id >= size:

@@ -24,8 +24,8 @@ MAX_TOOL_NAME = 64
 MAX_STRUCT_BYTES = 16 * 1024
 """Of ``chat.template_arguments``, and of one backend's ``extensions``."""
 
-_NOT_OPTIONS = ("request_id", "model")
-"""What every model accepts."""
+_NOT_OPTIONS = ("request_id", "model", "extensions")
+"""What every model accepts; ``extensions`` are checked by name."""
 
 _ROLES = {
     pb.ROLE_SYSTEM: types.Role.SYSTEM,

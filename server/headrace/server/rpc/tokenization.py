@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 from headrace.backends.api import Encoding, Model, Tokenizer
-from headrace.backends.errors import InvalidArgument
+from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.types import Call, ChatInput, GenerateRequest, Input, TextInput, TokenIdsInput
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.calls import Rpc, convert, parse, run_in_front
@@ -29,7 +29,7 @@ class Tokenization:
         """Tokenize."""
         message = parse(pb.TokenizeRequest, raw)
         request = await convert(self.application, raw, lambda: _input_request(message))
-        return await self._run(rpc, request, lambda model: _tokenize(model.tokenizer, request.input))
+        return await self._run(rpc, request, lambda model: _tokenize(_tokenizer(model), request.input))
 
     async def detokenize(self, rpc: Rpc, raw: bytes) -> pb.DetokenizeResponse:
         """Detokenize."""
@@ -43,7 +43,7 @@ class Tokenization:
             options=set_fields(message, exclude=("model", "token_ids", "skip_special_tokens")),
         )
         return await self._run(
-            rpc, request, lambda model: _detokenize(model.tokenizer, ids, skip_special_tokens=skip_special_tokens)
+            rpc, request, lambda model: _detokenize(_tokenizer(model), ids, skip_special_tokens=skip_special_tokens)
         )
 
     async def count_tokens(self, rpc: Rpc, raw: bytes) -> pb.CountTokensResponse:
@@ -90,8 +90,14 @@ def _detokenize(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens
 
 def _count(model: Model, text_or_chat: Input) -> pb.CountTokensResponse:
     return pb.CountTokensResponse(
-        input_tokens=len(_encode(model.tokenizer, text_or_chat).ids), context_length=model.card.context_length
+        input_tokens=len(_encode(_tokenizer(model), text_or_chat).ids), context_length=model.card.context_length
     )
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
+        raise UnsupportedOption("tokenization", model=model.card.name, backend=model.backend)
+    return model.tokenizer
 
 
 def _encode(tokenizer: Tokenizer, text_or_chat: Input) -> Encoding:

@@ -1,0 +1,40 @@
+"""A running server notices that a model is unwell, and that it has recovered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from server_kit import Install, settings
+from test_components import SOURCE
+
+from headrace.server.serve import serve
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_health_follows_the_models(install: Install) -> None:
+    plugin = install(SOURCE)
+    ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    options = settings(
+        plugins=("scripted", plugin), models=("plain",), listen="127.0.0.1:0", metrics_listen=None, shutdown_grace=1.0
+    )
+    server = asyncio.create_task(serve(options, on_ready=ready.set_result))
+    async with asyncio.timeout(30), grpc.aio.insecure_channel(f"127.0.0.1:{await ready}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        of_model = stub.Watch(health_pb2.HealthCheckRequest(service="headrace.model/plain"))
+        of_server = stub.Watch(health_pb2.HealthCheckRequest(service=""))
+        model = sys.modules[plugin].Untokenized
+        try:
+            for trouble, expected in ((None, SERVING), ("the worker is gone", NOT_SERVING), (None, SERVING)):
+                model.trouble = trouble
+                assert (await of_model.read()).status == expected
+                assert (await of_server.read()).status == expected
+        finally:
+            model.trouble = None
+            os.kill(os.getpid(), signal.SIGTERM)
+            await server
