@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from headrace.backends.onnx.bundle import MANIFEST
+from headrace.backends.onnx.bundle import ModelFileError, read_manifest
 from headrace.backends.paths import default_models_dir
+from tests.plugin_kit import Install, installer
 
 # A busy machine is no failure.
 settings.register_profile("headrace", deadline=None)
@@ -17,11 +18,19 @@ settings.load_profile("headrace")
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of the default model's bundle, built first if it is missing."""
+    """The folder of the default model's bundle, built first if it is missing or of an older kind."""
     name = "smollm2-135m"
     models_dir = default_models_dir()
-    if not (models_dir / name / MANIFEST).is_file():
+    try:
+        read_manifest(models_dir / name)
+    except ModelFileError:
         from headrace.backends.onnx.build import build_from_catalog
 
         build_from_catalog(name, name=name, models_dir=models_dir, progress=lambda _what, _done: None)
     return models_dir / name
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Installs a package with one plugin, given its source; gives the plugin's name."""
+    return installer(tmp_path, monkeypatch)

@@ -108,6 +108,7 @@ def _step(model: StepModel, sequences: Sequence[list[int]], states: Sequence[Sam
     sampled = sample(logits, states, [()] * len(rows))
     ended = time.perf_counter()
     for tokens, one in zip(sequences, sampled, strict=True):
+        assert not isinstance(one, Exception)
         tokens.append(one.token_id)
     return stepped - began, ended - stepped
 

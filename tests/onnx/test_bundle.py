@@ -23,6 +23,7 @@ from headrace.backends.onnx.bundle import (
 def write(models_dir, name="tiny", content=b"weights"):
     with write_bundle(models_dir, name) as writer:
         (writer.folder / "model.onnx").write_bytes(b"graph")
+        (writer.folder / "top.onnx").write_bytes(b"top")
         (writer.folder / "weights.bin").write_bytes(content)
         (writer.folder / "tokenizer.json").write_text("{}")
         manifest = manifest_of(writer.folder, name)
@@ -66,7 +67,7 @@ def test_the_digest_covers_every_file(tmp_path):
     digests = {write(tmp_path, content=content).digest for content in (b"one", b"two")}
     (tmp_path / "extra").mkdir()
     with write_bundle(tmp_path, "tiny") as writer:
-        for name in ("model.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"):
+        for name in ("model.onnx", "top.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"):
             (writer.folder / name).write_bytes(b"one")
         digests.add(manifest_of(writer.folder).digest)
     assert len(digests) == 3

@@ -27,9 +27,6 @@ from headrace.server.app import App, running_app
 from headrace.server.config import Settings
 from headrace.server.middleware.authentication import Authenticates
 
-Install = Callable[..., str]
-"""Installs a plugin's source (fixture ``install``); gives the plugin's name."""
-
 _numbers = itertools.count()
 
 

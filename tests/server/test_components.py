@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from server_kit import Install, app_with, call, events_of, settings, text_of, until
+from server_kit import app_with, call, events_of, settings, text_of, until
 
 from headrace.backends.errors import (
     BackendError,
@@ -29,8 +29,9 @@ from headrace.server.app import App
 from headrace.server.config import SettingsError
 from headrace.server.plugins import PluginError
 from headrace.server.registry import ModelState
+from tests.plugin_kit import Install
 
-SOURCE = '''
+SOURCE = """
 import asyncio, dataclasses
 from contextlib import aclosing
 from pydantic import BaseModel, ConfigDict
@@ -154,7 +155,7 @@ def headrace_middleware(): return [Suffix, Second, Watcher]
 def headrace_usage_sinks(): return [Sink]
 @hookimpl
 def headrace_logits_processors(): return [Ban]
-'''
+"""
 
 
 @pytest.fixture
@@ -345,9 +346,7 @@ async def test_an_extension_that_nobody_provides_is_refused_by_name(plugins: dic
 
 
 @pytest.mark.parametrize("parameters", [{"letters": "a", "fails_after": 3}, {"letters": "everything"}])
-async def test_a_logits_processor_that_fails_ends_its_own_call_alone(
-    plugins: dict[str, Any], parameters: Any
-) -> None:
+async def test_a_logits_processor_that_fails_ends_its_own_call_alone(plugins: dict[str, Any], parameters: Any) -> None:
     async with app_with({"letters": {"seconds_per_step": 0.001}}, **plugins) as app:
         alone = text_of(await events_of(app.generate, call("prompt", stopping=Stopping(max_new_tokens=40))))
         failing, other = await asyncio.gather(

@@ -9,10 +9,11 @@ import sys
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from server_kit import Install, settings
+from server_kit import settings
 from test_components import SOURCE
 
 from headrace.server.serve import serve
+from tests.plugin_kit import Install
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -185,7 +185,7 @@ async def test_an_option_that_a_model_lacks_is_refused_by_name() -> None:
 async def test_an_extension_that_nobody_knows_is_refused_by_name() -> None:
     async with app_with() as app:
         error = await refused(app, call(extensions={"vllm": {"x": 1}}), UnsupportedOption)
-    assert error.field == "extensions[vllm]"
+    assert error.field == "extensions['vllm']"
 
 
 async def test_more_choices_or_log_probabilities_than_a_model_gives_are_refused() -> None:

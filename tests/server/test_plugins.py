@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from server_kit import Install
 
-from headrace.server.plugins import PluginError, load_plugins
+from headrace.server.plugins import BrokenPlugin, Plugin, PluginError, inspect_plugins, load_plugins
+from tests.plugin_kit import Install
 
 GOOD = """
 from headrace.backends.api import API_VERSION
@@ -25,6 +25,29 @@ class Good:
 def headrace_backends():
     return [Good]
 """
+
+MIDDLEWARE = """
+from headrace.backends.api import API_VERSION
+from headrace.backends.components import Place
+from headrace.backends.hookspecs import hookimpl
+from pydantic import BaseModel
+
+class Options(BaseModel):
+    pass
+
+class Mine:
+    name = "mine"
+    api_version = API_VERSION
+    Options = Options
+    place = Place.REQUEST
+    def __init__(self, options): ...
+    def wrap(self, inner): return inner
+
+@hookimpl
+def headrace_middleware():
+    return [Mine]
+"""
+
 
 def refusal(*plugins: str) -> str:
     with pytest.raises(PluginError) as refused:
@@ -56,7 +79,7 @@ def test_what_is_not_allowed_is_not_even_imported(install: Install) -> None:
 def test_an_allowed_plugin_that_is_not_there_is_named_with_those_that_are() -> None:
     message = refusal("scripted", "nonsense")
     assert message.startswith("plugins: nonsense not installed; there is ")
-    assert "onnx, scripted" in message
+    assert {"onnx", "scripted"} <= set(message.removeprefix("plugins: nonsense not installed; there is ").split(", "))
 
 
 @pytest.mark.parametrize(
@@ -102,3 +125,41 @@ def test_two_plugins_cannot_have_a_backend_of_the_same_name(install: Install) ->
 def test_nobody_can_take_the_name_of_a_built_in_backend(install: Install) -> None:
     name = install(GOOD.replace('"good"', '"onnx"'), plugin="zz_onnx")
     assert "backend 'onnx' is already that of 'onnx'" in refusal("onnx", name)
+
+
+def test_a_plugin_built_for_an_older_minor_version_keeps_working(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = install(GOOD.replace("= API_VERSION", "= (1, 0)"))
+    monkeypatch.setattr("headrace.server.plugins.API_VERSION", (1, 7))
+    (plugin,) = load_plugins([name])
+    assert [backend.name for backend in plugin.backends] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (MIDDLEWARE.replace("place = Place.REQUEST", ""), "middleware 'mine': place must be a headrace.backends."),
+        (MIDDLEWARE.replace("def wrap", "def rap"), "middleware 'mine' has no method wrap"),
+        (MIDDLEWARE.replace("= API_VERSION", "= (9, 0)"), "middleware 'mine' speaks API version (9, 0)"),
+        (MIDDLEWARE.replace("headrace_middleware", "headrace_commands"), "must give click commands with a name"),
+        (
+            MIDDLEWARE.replace("headrace_middleware", "headrace_logits_processors"),
+            "Parameters must be a pydantic model",
+        ),
+        (MIDDLEWARE.replace("headrace_middleware", "headrace_usage_sinks"), "usage sink 'mine' has no method record"),
+        (MIDDLEWARE.replace("headrace_middleware", "headrace_authenticators"), "'mine' has no method authenticate"),
+        (MIDDLEWARE.replace("[Mine]", "[Mine, Mine]"), "middleware 'mine' is given twice"),
+    ],
+)
+def test_other_components_are_checked_as_strictly(install: Install, source: str, reason: str) -> None:
+    assert reason in refusal(install(source))
+
+
+def test_inspecting_plugins_shows_the_good_beside_the_broken(install: Install) -> None:
+    install(GOOD, plugin="good_one", package="good-package")
+    install("1 / 0", plugin="broken_one", package="broken-package")
+    plugins = {plugin.name: plugin for plugin in inspect_plugins()}
+    assert isinstance(plugins["good_one"], Plugin)
+    assert plugins["broken_one"] == BrokenPlugin("broken_one", "broken-package", "1.0", "division by zero")
+    assert list(plugins["good_one"].provides()) == [("backend", "good")]

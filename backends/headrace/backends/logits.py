@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,10 +39,22 @@ class HostLogits:
             row = self._array[index]
             ids[i] = top_ids(row, k)
             logits[i] = row[ids[i]]
-            np.subtract(row, logits[i, 0], out=scratch)
-            np.divide(scratch, t, out=scratch)
-            log_sum_exp[i] = np.float64(logits[i, 0]) / t + np.log(np.exp(scratch, out=scratch).sum())
+            log_sum_exp[i] = _log_sum_exp(row, float(logits[i, 0]), float(t), scratch)
         return TopLogits(ids, logits, log_sum_exp)
+
+
+_LARGEST_EXPONENT = 60.0
+"""exp of it, a million times over, is still a float32, and exp of its negative is no denormal."""
+
+
+def _log_sum_exp(row: NDArray[np.float32], largest: float, temperature: float, scratch: NDArray[np.float32]) -> float:
+    """Of ``row / temperature``. ``scratch`` is as long as ``row``; every pass over them counts."""
+    if abs(largest) <= _LARGEST_EXPONENT * temperature:
+        scaled = row if temperature == 1 else np.multiply(row, np.float32(1 / temperature), out=scratch)
+        return math.log(np.exp(scaled, out=scratch).sum())
+    np.subtract(row, np.float32(largest), out=scratch)
+    np.divide(scratch, np.float32(temperature), out=scratch)
+    return largest / temperature + math.log(np.exp(scratch, out=scratch).sum())
 
 
 def top_ids(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -65,22 +65,26 @@ class Kind(enum.StrEnum):
 class ScriptedModelOptions(BaseModel):
     """One model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: Kind = Kind.STEP
+    """Which contract it follows."""
     answer: str | None = None
     """What every prompt gets; by default letters that depend on all tokens before them."""
     context_length: int = Field(4096, ge=2)
+    """Tokens of prompt and output together."""
     seconds_per_step: float = Field(0.0, ge=0)
     """How long a step, or a token of a whole call, takes."""
     num_slots: int = Field(8, ge=1)
+    """Sequences that run at once, of kind step."""
     num_kv_tokens: int = Field(32768, ge=2)
+    """Tokens that all of them can have, of kind step."""
 
 
 class ScriptedOptions(BaseModel):
     """``[backends.scripted]``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     models: dict[str, ScriptedModelOptions] = Field(default_factory=dict)
 

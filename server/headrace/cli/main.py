@@ -22,6 +22,7 @@ COMMANDS = (
     LazyCommand("tokenize", "headrace.cli.tokenize:tokenize", "Show the tokens of a text, or count them."),
     LazyCommand("models", "headrace.cli.models:models", "List, show and build models."),
     LazyCommand("config", "headrace.cli.config:config", "Show and check the server's configuration.", ("serve",)),
+    LazyCommand("plugins", "headrace.cli.plugins:plugins", "List, show and check plugins; begin one.", ("serve",)),
 )
 
 

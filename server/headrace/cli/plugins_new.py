@@ -33,8 +33,8 @@ _MAX_NAME: Final = 40
     type=click.Choice(get_args(Kind)),
     default="call",
     show_default=True,
-    help="call: a backend that takes a whole call, such as a remote service. step: a backend that gives logits, batched "
-    "and sampled by the server. middleware: something around every generation.",
+    help="call: a backend that takes a whole call, such as a remote service. step: a backend that gives logits; the "
+    "server batches and samples. middleware: something around every generation.",
 )
 @click.option(
     "--directory",
@@ -82,7 +82,6 @@ def package_files(package: str, module: str, kind: Kind) -> Iterator[tuple[PureP
     values = {
         "distribution": package,
         "module": module,
-        "Class": "".join(part.capitalize() for part in module.split("_")),
         "api_version": str(API_VERSION),
         "headrace_version": version("headrace"),
     }

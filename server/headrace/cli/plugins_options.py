@@ -16,13 +16,14 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option. ``default`` is as TOML writes it; ``None``: there is none, or it is found out at start."""
+    """One option. ``default`` is as TOML writes it; ``None``: none at all, or it is ``computed`` at start."""
 
     name: str
     """From the table on, such as ``"models.NAME.kind"``."""
     type: str
     required: bool
     default: str | None = None
+    computed: bool = False
     description: str | None = None
 
 
@@ -39,12 +40,13 @@ def options_of(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
                 type=", ".join([type_name(field.annotation), *_bounds(field)]),
                 required=field.is_required(),
                 default=_default(field),
+                computed=field.default_factory is not None and _default(field) is None,
                 description=" ".join(field.description.split()) if field.description else None,
             )
 
 
 def toml_of(model: type[BaseModel], table: str) -> str:
-    """A table with every option: at its default, commented out where it has none, to be filled in where it is required."""
+    """A table with every option: at its default; commented out where it has none; to fill in where it is required."""
     own, inner = [f"[{table}]"], []
     for name, field in model.model_fields.items():
         key = field.alias or name

@@ -48,18 +48,13 @@ def show(name: str, as_json: bool, config_file: Path | None) -> None:
     plugin = found[name]
     if isinstance(plugin, BrokenPlugin):
         raise CliError(f"{plugin}: {plugin.reason}")
-    facts = {
-        "plugin": plugin.name,
-        "package": f"{plugin.package} {plugin.version}",
-        "allowed": is_allowed(name, settings),
-    }
-    parts = list(_parts(plugin))
+    facts = {"plugin": plugin.name, "package": f"{plugin.package} {plugin.version}"}
+    allowed, parts = is_allowed(name, settings), list(_parts(plugin))
     if as_json:
-        write_json({**facts, "provides": parts})
+        write_json({**facts, "allowed": allowed, "provides": parts})
         return
-    for label, fact in facts.items():
-        text = {True: "yes", False: "no, by the setting `plugins`"}.get(fact, fact) if label == "allowed" else fact
-        click.echo(f"{click.style(f'{label:<10}', dim=True)}{text}")
+    for label, fact in {**facts, "allowed": "yes" if allowed else "no, by the setting `plugins`"}.items():
+        click.echo(f"{click.style(f'{label:<10}', dim=True)}{fact}")
     for part in parts:
         _write(part)
 
@@ -127,10 +122,14 @@ def _write(part: Part) -> None:
 
 def _write_options(options: Sequence[Option]) -> None:
     for option in options:
-        if option.required:
-            default = "required"
-        else:
-            default = "unset, or found out at start" if option.default is None else f"default {option.default}"
-        click.echo(f"\n  {option.name}  {click.style(f'{option.type}; {default}', dim=True)}")
+        click.echo(f"\n  {option.name}  {click.style(f'{option.type}; {_default(option)}', dim=True)}")
         if option.description:
             click.echo(f"      {option.description}")
+
+
+def _default(option: Option) -> str:
+    if option.required:
+        return "required"
+    if option.computed:
+        return "default found out at start"
+    return "no default" if option.default is None else f"default {option.default}"

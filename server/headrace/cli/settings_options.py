@@ -16,6 +16,16 @@ _BY_FILE_ALONE = {"backends", "authenticators", "middleware", "usage_sinks"}
 _LISTS = {"models", "plugins"}
 
 
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="HEADRACE_CONFIG",
+    help="TOML file of settings.  [env: HEADRACE_CONFIG]",
+)
+"""For a command that wants the settings of the file and the environment alone."""
+
+
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command ``--config`` and a flag for each setting; it gets ``config_file`` and the given ``flags``."""
 
@@ -29,10 +39,4 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help_text = f"{field.description}  [env: HEADRACE_{name.upper()}]"
             flag = "--" + name.replace("_", "-")
             with_flags = click.option(flag, name, help=help_text, multiple=name in _LISTS, metavar="…")(with_flags)
-    return click.option(
-        "--config",
-        "config_file",
-        type=click.Path(path_type=Path, dir_okay=False),
-        envvar="HEADRACE_CONFIG",
-        help="TOML file of settings.  [env: HEADRACE_CONFIG]",
-    )(with_flags)
+    return config_option(with_flags)

@@ -103,10 +103,14 @@ def inspect_plugins(allowed: Sequence[str] | None = None) -> list[Plugin | Broke
         package, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "unknown")
         try:
             plugin = _load(entry, package, version)
-            for noun, name in plugin.provides():
-                if owner := owners.get((noun, name)):
+            provided = list(plugin.provides())
+            for thing in provided:
+                noun, name = thing
+                if owner := owners.get(thing):
                     raise PluginError(f"{noun} {name!r} is already that of {owner!r}")
-            owners |= dict.fromkeys(plugin.provides(), entry.name)
+                if provided.count(thing) > 1:
+                    raise PluginError(f"{noun} {name!r} is given twice")
+            owners |= dict.fromkeys(provided, entry.name)
             plugins.append(plugin)
         except Exception as error:  # noqa: BLE001  # a stranger's module may raise anything
             plugins.append(BrokenPlugin(entry.name, package, version, str(error) or type(error).__name__))

@@ -64,6 +64,7 @@ def build_bundle(
     from headrace.backends.onnx.gguf_tokenizer import read_tokenizer
     from headrace.backends.onnx.graph import DecoderConfig, Weights, packed_decoder, weight_shapes
     from headrace.backends.onnx.rotation import rotated
+    from headrace.backends.onnx.top import top_graph
     from headrace.backends.onnx.writer import WeightFile
 
     progress(f"reading {source.name}", 0.0)
@@ -95,6 +96,7 @@ def build_bundle(
         with WeightFile(writer.folder / bundle.WEIGHTS) as weights:
             graph = packed_decoder(config, read, formulation, weights)
         (writer.folder / bundle.GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
+        (writer.folder / bundle.TOP).write_bytes(top_graph())
 
         progress("computing digests", 0.9)
         files = bundle.hash_files(writer.folder)

@@ -2,6 +2,7 @@
 
     manifest.json         what the model is, and the SHA-256 of every other file
     model.onnx            the graph, without weights
+    top.onnx              the graph of ``top``
     weights.bin           the weights; every tensor starts at a page, so that it can be mapped
     tokenizer.json        in the format of Hugging Face's ``tokenizers``
     chat_template.jinja   if the model has one
@@ -35,11 +36,12 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
+TOP = "top.onnx"
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
-_REQUIRED_FILES = frozenset({GRAPH, WEIGHTS, TOKENIZER})
+_REQUIRED_FILES = frozenset({GRAPH, TOP, WEIGHTS, TOKENIZER})
 _OPTIONAL_FILES = frozenset({CHAT_TEMPLATE})
 _MAX_MANIFEST_BYTES = 1 << 20
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from headrace.backends.api import DeterminismClass, Logits, Row, Tokenizer
 from headrace.backends.errors import BackendError
-from headrace.backends.logits import HostLogits
+from headrace.backends.onnx import bundle
 from headrace.backends.onnx.bundle import Manifest
 from headrace.backends.onnx.kv import KvMemory
+from headrace.backends.onnx.top import OnnxLogits, Top
 
 MAX_CHUNK = 128
 CHUNK_ALIGNMENT = 16
@@ -59,7 +60,8 @@ class OnnxModel:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-        self._session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(folder / bundle.GRAPH, options, providers=["CPUExecutionProvider"])
+        self._top = Top(folder / bundle.TOP)
         self._kv = KvMemory(
             num_layers=manifest.num_layers,
             num_slots=num_slots,
@@ -91,7 +93,7 @@ class OnnxModel:
         logits = self._logits[:wanted]
         if order != sorted(order):
             logits = logits[np.argsort(order)]
-        return HostLogits(logits)
+        return OnnxLogits(logits, self._top)
 
     def problem(self) -> str | None:
         return None
@@ -99,7 +101,7 @@ class OnnxModel:
     def close(self) -> None:
         self._bindings.clear()
         self._decodes.clear()
-        del self._session
+        del self._session, self._top
         self._kv.close()
 
     def _run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> None:

@@ -17,7 +17,7 @@ from headrace.backends.onnx.bundle import list_bundles
 class OnnxOptions(BaseModel):
     """``[backends.onnx]``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     """Threads that run a step; by default one for each processor this process may use."""

@@ -154,12 +154,9 @@ def sample(
                 failures[i] = error
                 row[:] = 0
             row[list(tokens)] = -np.inf
-    if all(state.temperature == 0 for state in states):
-        chosen = logits.greedy().tolist()
-    else:
-        greedy = logits.greedy()
-        drawn = [i for i, state in enumerate(states) if state.temperature > 0]
-        chosen = greedy.tolist()
+    drawn = [i for i, state in enumerate(states) if state.temperature > 0]
+    chosen = [0] * len(states) if len(drawn) == len(states) else logits.greedy().tolist()
+    if drawn:
         for i, token_id in zip(drawn, _draw(logits, drawn, [states[i] for i in drawn]), strict=True):
             chosen[i] = token_id
     for state, token_id in zip(states, chosen, strict=True):
