@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-PROTOS := $(wildcard proto/headrace/v1/*.proto)
+PROTOS := $(wildcard proto/headrace/v1/*.proto proto/headrace/backend/v1/*.proto)
+NODE_FOLDERS := clients/node backends/examples/node-backend
 
-.PHONY: run test soak check lint types contracts proto generate clean
+.PHONY: run test soak check lint types contracts proto docs generate clean
 
 # Installs, builds the default model, serves it and streams a first answer. Ctrl-C stops it.
 run: $(VENV)/.serve
@@ -13,7 +14,7 @@ run: $(VENV)/.serve
 	@bash -c 'set -m; $(BIN)/headrace quickstart; exit $$?'
 
 # Installs what the tests need and runs them.
-test: $(VENV)/.dev clients/node/node_modules
+test: $(VENV)/.dev $(NODE_FOLDERS:=/node_modules)
 	$(BIN)/headrace models build smollm2-135m --if-missing
 	$(BIN)/pytest
 
@@ -23,7 +24,7 @@ soak: $(VENV)/.dev
 	$(BIN)/pytest -m soak --timeout 3600
 
 # Everything CI checks beside the tests.
-check: lint types contracts proto
+check: lint types contracts proto docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,6 +41,10 @@ proto: $(VENV)/.dev generate
 	$(BIN)/buf lint
 	git diff --exit-code -- proto
 	@test -z "$$(git status --porcelain -- proto)" || { git status --short -- proto; echo 'commit the generated modules'; exit 1; }
+
+# Builds the documentation into site/; a warning is an error. The variable silences a banner.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Generates the Python modules from the protos.
 generate: $(VENV)/.dev
@@ -58,9 +63,13 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(PIP) install --editable '.[serve,build,dev]'
 	@touch $@ $(VENV)/.serve
 
-clients/node/node_modules: clients/node/package.json clients/node/package-lock.json
-	npm ci --silent --no-audit --no-fund --prefix clients/node
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) install --editable '.[docs]'
+	@touch $@
+
+%/node_modules: %/package.json %/package-lock.json
+	npm ci --silent --no-audit --no-fund --prefix $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) clients/node/node_modules
+	rm -rf $(VENV) site $(NODE_FOLDERS:=/node_modules)

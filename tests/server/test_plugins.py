@@ -98,7 +98,11 @@ def test_an_allowed_plugin_that_is_not_there_is_named_with_those_that_are() -> N
         (GOOD.replace("= API_VERSION", "= (1, '0')"), "api_version must be a pair of integers, got (1, '0')"),
         (GOOD.replace("= API_VERSION", "= '1.0'"), "api_version must be a pair of integers, got '1.0'"),
         (GOOD.replace("api_version = API_VERSION", ""), "api_version must be a pair of integers, got None"),
-        (GOOD.replace("Options = Options", "Options = dict"), "Options must be a pydantic model, got <class 'dict'>"),
+        (
+            GOOD.replace("Options = Options", "Options = dict"),
+            "Options must be a pydantic model of its own, got <class 'dict'>",
+        ),
+        (GOOD.replace("Options = Options", "Options = BaseModel"), "must be a pydantic model of its own, got"),
         (GOOD.replace("def load", "def lode"), "backend 'good' has no method load"),
         (GOOD.replace("def list_models", "def models"), "backend 'good' has no method list_models"),
     ],
@@ -149,6 +153,10 @@ def test_a_plugin_built_for_an_older_minor_version_keeps_working(
         ),
         (MIDDLEWARE.replace("headrace_middleware", "headrace_usage_sinks"), "usage sink 'mine' has no method record"),
         (MIDDLEWARE.replace("headrace_middleware", "headrace_authenticators"), "'mine' has no method authenticate"),
+        (
+            MIDDLEWARE.replace("headrace_middleware", "headrace_authenticators").replace("wrap", "authenticate"),
+            "authenticator 'mine': authenticate must be an async method",
+        ),
         (MIDDLEWARE.replace("[Mine]", "[Mine, Mine]"), "middleware 'mine' is given twice"),
     ],
 )

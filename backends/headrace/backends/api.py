@@ -204,12 +204,15 @@ class BackendContext:
 
 
 class Backend(Protocol):
-    """Offers models. The class itself is what a plugin registers (``hookspecs.headrace_backends``)."""
+    """Offers models. The class itself is what a plugin registers (``hookspecs.headrace_backends``).
+
+    One that holds more than its models may have a method ``close()``, called in a thread when the server stops.
+    """
 
     name: ClassVar[str]
     api_version: ClassVar[tuple[int, int]]
     Options: ClassVar[type[BaseModel]]
-    """The shape of its settings, ``[backends.<name>]``; checked at start."""
+    """The shape of its settings, ``[backends.<name>]``; checked at start. Forbid extra keys: a typo is then refused."""
 
     def __init__(self, options: Any, context: BackendContext) -> None:
         """``options`` is an instance of ``Options``."""
@@ -218,4 +221,6 @@ class Backend(Protocol):
         """The models that can be loaded now."""
 
     def load(self, name: str) -> StepModel | WholeCallModel:
-        """Loads and warms up a model of ``list_models``. Called in a thread: it may block."""
+        """Loads and warms up a model of ``list_models``. Called in a thread: it may block. Raises an error of
+        ``headrace.backends.errors``, such as ModelNotFound for a name that is not listed.
+        """

@@ -16,6 +16,7 @@ import enum
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +36,7 @@ from headrace.backends.api import (
     Tokenizer,
     WholeCallModel,
 )
-from headrace.backends.errors import BackendError
+from headrace.backends.errors import BackendError, ModelNotFound
 from headrace.backends.hookspecs import hookimpl
 from headrace.backends.logits import HostLogits
 from headrace.backends.types import (
@@ -47,6 +48,7 @@ from headrace.backends.types import (
     Events,
     FinishReason,
     StreamEnd,
+    Usage,
 )
 
 EOS = 256
@@ -217,17 +219,28 @@ class ScriptedCallModel:
         self._options = options
 
     async def generate(self, call: Call) -> Events:
-        assert call.prompt is not None
         attempt = call.meter.begin(self.backend)
-        usage = attempt.usage
-        usage.input_tokens, usage.output_tokens = len(call.prompt.token_ids), 0
+        try:
+            async with aclosing(self._answer(call, attempt.usage)) as events:
+                async for event in events:
+                    yield event
+            attempt.outcome = AttemptOutcome.COMPLETED
+            yield StreamEnd()
+        except BackendError:
+            attempt.outcome = AttemptOutcome.FAILED
+            raise
+        finally:
+            attempt.outcome = attempt.outcome or AttemptOutcome.CANCELLED
+
+    async def _answer(self, call: Call, usage: Usage) -> Events:
+        """All but the end."""
+        assert call.prompt is not None
         prompt = list(call.prompt.token_ids)
+        usage.input_tokens, usage.output_tokens = len(prompt), 0
+        if ord(_FAILS) in prompt:
+            raise BackendError("the prompt holds the byte that makes this model fail")
         answered: list[int] = []
         unsent: list[int] = []
-        attempt.outcome = AttemptOutcome.CANCELLED
-        if ord(_FAILS) in prompt:
-            attempt.outcome = AttemptOutcome.FAILED
-            raise BackendError("the prompt holds the byte that makes this model fail")
         reason = FinishReason.MAX_TOKENS
         while len(answered) < call.max_new_tokens and reason is FinishReason.MAX_TOKENS:
             await asyncio.sleep(self._options.seconds_per_step)
@@ -243,8 +256,6 @@ class ScriptedCallModel:
         if unsent:
             yield Delta(0, self.tokenizer.decode(unsent), tuple(unsent))
         yield ChoiceFinish(0, reason, stop_token_id=EOS if reason is FinishReason.EOS_TOKEN else None)
-        attempt.outcome = AttemptOutcome.COMPLETED
-        yield StreamEnd()
 
     def problem(self) -> str | None:
         return None
@@ -275,7 +286,9 @@ class ScriptedBackend:
         return [_card(name, options) for name, options in self._models.items()]
 
     def load(self, name: str) -> StepModel | WholeCallModel:
-        options = self._models[name]
+        options = self._models.get(name)
+        if options is None:
+            raise ModelNotFound(name, tuple(self._models))
         return ScriptedCallModel(name, options) if options.kind is Kind.CALL else ScriptedStepModel(name, options)
 
 

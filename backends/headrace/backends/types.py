@@ -364,7 +364,7 @@ class AttemptOutcome(enum.Enum):
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at one backend. ``outcome`` is ``None`` while it runs."""
+    """One try at one backend. ``outcome`` is ``None`` while it runs; ``usage`` is final once the call has ended."""
 
     backend: str
     price_id: str | None = None
@@ -383,7 +383,13 @@ class Meter:
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
-    sent_output_tokens: int = 0
+    sent_output_tokens: int | None = None
+    """``None`` where deltas do not say which tokens they have."""
+
+    def sent(self, delta: Delta) -> None:
+        """Counts what a delta hands over."""
+        if delta.token_ids:
+            self.sent_output_tokens = (self.sent_output_tokens or 0) + len(delta.token_ids)
 
     def begin(self, backend: str, *, price_id: str | None = None) -> Attempt:
         """Opens an attempt; the backend writes its usage as it happens and its outcome at the end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from headrace.cli.errors import CliError
 from headrace.cli.serve import load
 from headrace.cli.settings_options import settings_options
+from headrace.cli.toml_text import toml_value
 from headrace.server.app import App
 from headrace.server.config import SettingsError
 from headrace.server.plugins import PluginError
@@ -25,7 +25,7 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
     """
     settings = load(config_file, flags)
     try:
-        App(settings)
+        app = App(settings)
     except (SettingsError, PluginError) as error:
         raise CliError(str(error)) from None
     values = settings.model_dump(mode="json")
@@ -34,9 +34,12 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
         if value is None:
             click.echo(f"# {name} is not set")
         else:
-            click.echo(f"{name} = {json.dumps(value)}")
+            click.echo(f"{name} = {toml_value(value)}")
     for kind, by_name in tables.items():
-        for component, options in by_name.items():
+        shapes = {one.name: one.Options for plugin in app.plugins for one in getattr(plugin, kind)}
+        for component, table in by_name.items():
             click.echo(f"\n[{kind}.{component}]")
+            # By way of the component's own model, which knows what is secret.
+            options = shapes[component].model_validate(table).model_dump(mode="json", exclude_unset=True)
             for name, value in options.items():
-                click.echo(f"{name} = {json.dumps(value)}")
+                click.echo(f"{name} = {toml_value(value)}")

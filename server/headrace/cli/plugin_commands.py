@@ -6,8 +6,6 @@ from importlib.metadata import entry_points
 
 import click
 
-from headrace.cli.output import write_note
-
 
 def plugin_commands() -> dict[str, click.Command]:
     """By name. Plugins that are unusable are said to be, and left out."""
@@ -17,6 +15,8 @@ def plugin_commands() -> dict[str, click.Command]:
     ]
     if not strangers:
         return {}
+    from headrace.cli.output import write_note
+
     try:
         from headrace.server.plugins import BrokenPlugin, inspect_plugins
     except ModuleNotFoundError:  # installed without the extra `serve`: nothing here loads plugins

@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import json
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from headrace.cli.toml_text import toml_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,28 +114,10 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 
 def _default(field: FieldInfo) -> str | None:
     if field.default_factory in (dict, list, set, tuple):
-        return _toml(field.get_default(call_default_factory=True))
+        return toml_value(field.get_default(call_default_factory=True))
     if field.default is PydanticUndefined:
         return None
-    return _toml(to_jsonable_python(field.default, fallback=str))
-
-
-def _toml(value: Any) -> str | None:
-    """A value as TOML writes it; ``None`` if it cannot."""
-    match value:
-        case None:
-            return None
-        case Mapping():
-            pairs = [(json.dumps(str(key)), _toml(item)) for key, item in value.items()]
-            return "{" + ", ".join(f"{key} = {item}" for key, item in pairs if item is not None) + "}"
-        case str() | bool() | int():
-            return json.dumps(value, ensure_ascii=False)
-        case float():
-            return repr(value)
-        case Sequence() | set() | frozenset():
-            return "[" + ", ".join(item for item in map(_toml, value) if item is not None) + "]"
-        case _:
-            return json.dumps(str(value), ensure_ascii=False)
+    return toml_value(to_jsonable_python(field.default, fallback=str))
 
 
 def _placeholder(annotation: Any) -> str:

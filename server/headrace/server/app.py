@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import structlog
+
 from headrace.backends.api import Backend, DeterminismClass, ModelCard
 from headrace.backends.components import Place
 from headrace.backends.types import Handler, Principal, Sampling
@@ -117,7 +119,16 @@ class App:
         """Frees everything. No call is running."""
         await self._reporter.close()
         await self.registry.close()
+        for backend in self._backends:
+            if close := getattr(backend, "close", None):
+                await self._close_backend(backend.name, close)
         self._executor.shutdown()
+
+    async def _close_backend(self, name: str, close: Callable[[], None]) -> None:
+        try:
+            await asyncio.to_thread(close)
+        except Exception as error:  # noqa: BLE001  # a plugin may raise anything; the others are to be closed too
+            structlog.get_logger("headrace.models").error("backend_not_closed", backend=name, exc_info=error)
 
 
 @asynccontextmanager

@@ -75,6 +75,8 @@ _KINDS: Mapping[str, _Kind] = {
 }
 """By the field of ``Plugin``; the hook is ``headrace_<field>``."""
 
+_COROUTINES = {"authenticate", "record", "close"}
+
 
 def load_plugins(allowed: Sequence[str] | None) -> list[Plugin]:
     """Loads every installed plugin, or those of ``allowed`` by entry-point name. Raises PluginError."""
@@ -154,13 +156,15 @@ def _check(component: Any, field: str, kind: _Kind) -> None:
     if version[0] != API_VERSION[0] or version > API_VERSION:
         raise PluginError(f"{kind.noun} {name!r} speaks API version {version}, this server {API_VERSION}")
     shape = getattr(component, kind.shape, None)
-    if not (inspect.isclass(shape) and issubclass(shape, BaseModel)):
-        raise PluginError(f"{kind.noun} {name!r}: {kind.shape} must be a pydantic model, got {shape!r}")
+    if not (inspect.isclass(shape) and issubclass(shape, BaseModel) and shape is not BaseModel):
+        raise PluginError(f"{kind.noun} {name!r}: {kind.shape} must be a pydantic model of its own, got {shape!r}")
     if field == "middleware" and not isinstance(place := getattr(component, "place", None), Place):
         raise PluginError(f"{kind.noun} {name!r}: place must be a headrace.backends.components.Place, got {place!r}")
     for method in kind.methods:
         if not callable(getattr(component, method, None)):
             raise PluginError(f"{kind.noun} {name!r} has no method {method}")
+        if method in _COROUTINES and not inspect.iscoroutinefunction(getattr(component, method)):
+            raise PluginError(f"{kind.noun} {name!r}: {method} must be an async method")
 
 
 def _where(name: str, package: str) -> str:

@@ -13,8 +13,8 @@ import structlog
 from headrace.backends.api import Backend, Capabilities, Model, ModelCard, StepModel, WholeCallModel
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendUnavailable, Loading, ModelNotFound
-from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, Call, Events, Handler
-from headrace.server.engine.engine import ENGINE_OPTIONS, Engine
+from headrace.backends.types import Call, Events, Handler
+from headrace.server.engine.engine import ENGINE_CAPABILITIES, Engine
 
 
 class ModelState(enum.Enum):
@@ -25,9 +25,6 @@ class ModelState(enum.Enum):
     FAILED = 3
 
 
-_ENGINE_CAPABILITIES = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
-
-
 @dataclass(slots=True)
 class Served:
     """A model on offer. ``model`` and ``handler`` are there once it is ready; ``engine`` if it is step-wise."""
@@ -35,7 +32,7 @@ class Served:
     card: ModelCard
     backend: str
     state: ModelState = ModelState.LOADING
-    capabilities: Capabilities = _ENGINE_CAPABILITIES
+    capabilities: Capabilities = ENGINE_CAPABILITIES
     model: Model | None = None
     handler: Handler | None = None
     engine: Engine | None = None
@@ -143,7 +140,7 @@ class ModelRegistry:
             processors = self._logits_processors
             served.engine = Engine(model, clock=self._clock, max_queued=self._max_queued, logits_processors=processors)
             served.capabilities = replace(
-                _ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}
+                ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}
             )
             served.handler = served.engine.generate
         served.state = ModelState.READY

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
-from headrace.backends.api import Row, StepModel
+from headrace.backends.api import Capabilities, Row, StepModel
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import (
     BackendError,
@@ -34,6 +34,8 @@ from headrace.backends.errors import (
     QueueTimeout,
 )
 from headrace.backends.types import (
+    MAX_CHOICES,
+    MAX_TOP_LOGPROBS,
     Attempt,
     AttemptOutcome,
     Call,
@@ -104,6 +106,8 @@ ENGINE_OPTIONS = frozenset(
     }
 )
 """The request fields that every step-wise model honours, because the engine does."""
+
+ENGINE_CAPABILITIES = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
 
 DEFAULT_TEMPERATURE = 0.0
 """Greedy: an unset request gives the same answer every time."""
@@ -183,7 +187,7 @@ class Engine:
             )
         processors = [self._make_processors(call) for _ in range(n)]  # may raise: nothing has begun
         attempt = call.meter.begin(self.model.backend)
-        attempt.usage.input_tokens = attempt.usage.output_tokens = 0
+        attempt.usage.input_tokens = attempt.usage.output_tokens = call.meter.sent_output_tokens = 0
         stream = EventStream(_MAX_PENDING_EVENTS, on_room=self._wake)
         sequences = [self._new_sequence(call, attempt, stream, i, of_choice) for i, of_choice in enumerate(processors)]
         self._num_queued += n
@@ -206,26 +210,36 @@ class Engine:
             if attempt.outcome is None:
                 attempt.outcome = AttemptOutcome.CANCELLED
             self._commands.put(lambda: self._drop(sequences))
+            if attempt.outcome is not AttemptOutcome.COMPLETED:
+                # A step may be under way; what it adds to the usage must be there when the call is settled.
+                await self._settled()
 
     async def finish_all(self) -> None:
         """Ends every choice with what it has, for the reason SHUTDOWN."""
-        done = asyncio.Event()
 
         def finish() -> None:
-            try:
-                for sequence in list(self._scheduler):
-                    self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
-            finally:
-                self._loop.call_soon_threadsafe(done.set)
+            for sequence in list(self._scheduler):
+                self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
 
         self._commands.put(finish)
-        await done.wait()
+        await self._settled()
 
     async def close(self) -> None:
         """Stops the thread and frees the model. No call is running."""
         self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
         self.model.close()
+
+    async def _settled(self) -> None:
+        """Waits until the thread has done all that was asked of it so far."""
+        done = asyncio.Event()
+
+        def tell() -> None:
+            self._loop.call_soon_threadsafe(done.set)
+
+        self._commands.put(tell)
+        if self._thread.is_alive():
+            await done.wait()
 
     def _patience(self) -> float:
         """Seconds until a refused call is worth another try: a tenth of the queue should have gone by then."""

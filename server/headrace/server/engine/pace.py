@@ -4,8 +4,8 @@ from __future__ import annotations
 
 _SMOOTHING = 0.2
 _MAX_STRETCH = 1.0
-"""A step with chunks may take this much longer than the decodes alone, beyond their own time. That is a gap of twice the
-usual one; what the machine's noise and a chunk's growing attention add stays within three times."""
+"""A step with chunks may take this much longer than the decodes alone, beyond their own time. That is a gap of twice
+the usual one; what the machine's noise and a chunk's growing attention add stays within three times."""
 
 
 class Pacer:

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from headrace.backends.api import Capabilities, StepModel
-from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, Call, Events
-from headrace.server.engine.engine import ENGINE_OPTIONS, Engine
+from headrace.backends.types import Call, Events
+from headrace.server.engine.engine import ENGINE_CAPABILITIES, Engine
 
 _MAX_QUEUED = 100
 
@@ -33,8 +33,7 @@ async def run_in_engine(model: StepModel) -> AsyncIterator[RunningEngine]:
         engine = staticmethod(run_in_engine)
     """
     engine = Engine(model, clock=time.monotonic, max_queued=_MAX_QUEUED)
-    capabilities = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
     try:
-        yield RunningEngine(engine, capabilities)
+        yield RunningEngine(engine, ENGINE_CAPABILITIES)
     finally:
         await engine.close()

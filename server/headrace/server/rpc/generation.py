@@ -62,13 +62,14 @@ class Generation:
         builders: defaultdict[int, ChoiceBuilder] = defaultdict(
             partial(ChoiceBuilder, token_ids=call.request.response.token_ids)
         )
-        num_output_tokens = 0
+        deltas: list[Delta] = []
         async with aclosing(_checked_events(self.application.generate, call)) as events:
             async for event in events:
                 builders[event.choice].add(event)
                 if isinstance(event, Delta):
-                    num_output_tokens += len(event.token_ids)
-        call.meter.sent_output_tokens = num_output_tokens
+                    deltas.append(event)
+        for delta in deltas:  # all at once, and nothing before
+            call.meter.sent(delta)
         return pb.GenerateResponse(
             request_id=call.request_id,
             prompt=prompt_message(call) if call.request.response.echo else None,
@@ -102,7 +103,7 @@ class Generation:
             message.sequence = sequence
             await rpc.write(message)
 
-        next_usage = wanted.usage_interval
+        next_usage = wanted.usage_interval or 0
         async with aclosing(_checked_events(self.application.generate, call)) as events:
             async for event in events:
                 if sequence == 0 and wanted.echo:
@@ -111,11 +112,12 @@ class Generation:
                     await send(pb.GenerateStreamResponse(finish=finish_message(event)))
                     continue
                 await send(pb.GenerateStreamResponse(delta=delta_message(event, token_ids=wanted.token_ids)))
-                call.meter.sent_output_tokens += len(event.token_ids)
-                if next_usage is not None and call.meter.sent_output_tokens >= next_usage:
-                    await send(pb.GenerateStreamResponse(usage=usage_message(call.meter.usage())))
-                    assert wanted.usage_interval is not None
-                    next_usage = call.meter.sent_output_tokens + wanted.usage_interval
+                call.meter.sent(event)
+                usage = call.meter.usage()
+                so_far = usage.sent_output_tokens or usage.output_tokens or 0
+                if wanted.usage_interval is not None and so_far >= next_usage:
+                    await send(pb.GenerateStreamResponse(usage=usage_message(usage)))
+                    next_usage = so_far + wanted.usage_interval
         await send(pb.GenerateStreamResponse(end=report_message(call, now=self.clock())))
 
 

@@ -1,0 +1,1 @@
+"""Takes personal data out of prompts before a model sees them."""

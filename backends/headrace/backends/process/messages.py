@@ -1,0 +1,260 @@
+"""Between the domain and the messages of ``headrace.backend.v1``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from headrace.backend.v1 import backend_pb2 as pb
+from headrace.backends import types
+from headrace.backends.api import DeterminismClass, ModelCard
+from headrace.backends.errors import BackendError
+from headrace.v1 import generation_pb2 as public
+
+CARRIED_OPTIONS = frozenset(
+    {
+        "text",
+        "token_ids.ids",
+        "chat.messages.role",
+        "chat.messages.content.text",
+        "chat.messages.name",
+        "chat.messages.tool_calls.id",
+        "chat.messages.tool_calls.name",
+        "chat.messages.tool_calls.arguments_json",
+        "chat.messages.tool_call_id",
+        "chat.messages.reasoning_text",
+        "chat.tools.name",
+        "chat.tools.description",
+        "chat.tools.parameters_json_schema",
+        "chat.add_generation_prompt",
+        "chat.template_arguments",
+        "sampling.logit_bias",
+        "sampling.repetition_penalty",
+        "sampling.presence_penalty",
+        "sampling.frequency_penalty",
+        "sampling.temperature",
+        "sampling.top_k",
+        "sampling.top_p",
+        "sampling.min_p",
+        "sampling.typical_p",
+        "stopping.max_new_tokens",
+        "stopping.min_new_tokens",
+        "stopping.stop_sequences",
+        "stopping.stop_token_ids",
+        "stopping.ignore_eos",
+        "stopping.include_stop_sequence",
+        "stopping.time_limit",
+        "n",
+        "response.logprobs",
+        "response.top_logprobs",
+        "response.token_ids",
+        "scheduling.latency_class",
+        "scheduling.priority",
+        "scheduling.queue_timeout",
+        "scheduling.on_expiry",
+        "determinism.seed",
+    }
+)
+"""What ``to_request`` hands over. A worker that declares another option is refused: it would never see it."""
+
+_ROLES = {
+    types.Role.SYSTEM: public.ROLE_SYSTEM,
+    types.Role.USER: public.ROLE_USER,
+    types.Role.ASSISTANT: public.ROLE_ASSISTANT,
+    types.Role.TOOL: public.ROLE_TOOL,
+}
+_LATENCY_CLASSES = {
+    types.LatencyClass.VOICE: public.LATENCY_CLASS_VOICE,
+    types.LatencyClass.CHAT: public.LATENCY_CLASS_CHAT,
+    types.LatencyClass.BATCH: public.LATENCY_CLASS_BATCH,
+}
+_REASONS = {public.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in types.FinishReason}
+_DELTA_FIELDS = frozenset({"choice_index", "text", "token_ids", "logprobs"})
+"""What the domain has a place for."""
+_COUNTS = [
+    field.name for field in dataclasses.fields(types.Usage) if field.name not in {"sent_output_tokens", "estimated"}
+]
+
+
+def to_request(call: types.Call, *, tokenized: bool, now: float) -> pb.GenerateRequest:
+    """What a worker gets of a call; ``tokenized`` says whether its model has a tokenizer."""
+    assert call.model is not None
+    assert call.prompt is not None
+    request = call.request
+    spec = public.GenerationSpec(request_id=call.request_id, model=call.model.card.name)
+    if tokenized:
+        spec.token_ids.ids.extend(call.prompt.token_ids)
+    elif isinstance(request.input, types.ChatInput):
+        spec.chat.CopyFrom(to_chat(request.input))
+    else:
+        spec.text = call.prompt.text
+    _fill(spec.sampling, request.sampling)
+    _fill(spec.stopping, dataclasses.replace(request.stopping, max_new_tokens=call.max_new_tokens, time_limit=None))
+    if request.stopping.time_limit is not None:
+        left = call.arrived + request.stopping.time_limit - now
+        spec.stopping.time_limit.FromNanoseconds(max(1, round(left * 1e9)))
+    _fill(spec.response, dataclasses.replace(request.response, echo=False, usage_interval=None))
+    scheduling = request.scheduling
+    spec.scheduling.latency_class = _LATENCY_CLASSES[scheduling.latency_class]
+    if scheduling.on_expiry is types.ExpiryAction.ERROR:
+        spec.scheduling.on_expiry = public.EXPIRY_ACTION_ERROR
+    if scheduling.priority:
+        spec.scheduling.priority = scheduling.priority
+    if scheduling.queue_timeout is not None:
+        spec.scheduling.queue_timeout.FromNanoseconds(round(scheduling.queue_timeout * 1e9))
+    if request.n != 1:
+        spec.n = request.n
+    if request.seed is not None:
+        spec.determinism.seed = request.seed
+    for name, values in request.extensions.items():
+        spec.extensions[name].update(values)
+    prompt_text = call.prompt.text if tokenized else None
+    return pb.GenerateRequest(spec=spec, prompt_text=prompt_text, tenant=call.principal.tenant)
+
+
+def to_chat(chat: types.ChatInput) -> public.ChatInput:
+    message = public.ChatInput(
+        messages=[
+            public.ChatMessage(
+                role=_ROLES[turn.role],
+                content=[public.ContentPart(text=turn.text)],
+                name=turn.name,
+                tool_calls=[
+                    public.ToolCall(id=made.id, name=made.name, arguments_json=made.arguments_json)
+                    for made in turn.tool_calls
+                ],
+                tool_call_id=turn.tool_call_id,
+                reasoning_text=turn.reasoning_text,
+            )
+            for turn in chat.messages
+        ],
+        tools=[
+            public.ToolDefinition(
+                name=tool.name, description=tool.description, parameters_json_schema=tool.parameters_json_schema
+            )
+            for tool in chat.tools
+        ],
+        add_generation_prompt=chat.add_generation_prompt,
+    )
+    message.template_arguments.update(chat.template_arguments)
+    return message
+
+
+def _fill(message: Message, options: Any) -> None:
+    """Sets what differs from the defaults. The domain's dataclasses and the messages have the same names."""
+    defaults = type(options)()
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value == getattr(defaults, field.name):
+            continue
+        if isinstance(value, tuple):
+            getattr(message, field.name).extend(value)
+        elif isinstance(value, Mapping):
+            getattr(message, field.name).update(value)
+        else:
+            setattr(message, field.name, value)
+
+
+def to_card(model: pb.Model) -> ModelCard:
+    """What Describe says of a model. Raises BackendError where it cannot be."""
+    if not model.name:
+        raise BackendError("a model has no name")
+    if model.context_length < 2:  # one token of prompt, one of output
+        raise BackendError(f"model {model.name!r}: context_length must be at least 2, got {model.context_length}")
+    if model.HasField("tokenizer") and not model.tokenizer.vocabulary_size:
+        raise BackendError(f"model {model.name!r}: tokenizer.vocabulary_size must be set")
+    if foreign := set(model.options) - CARRIED_OPTIONS:
+        raise BackendError(
+            f"model {model.name!r}: options: {', '.join(map(repr, sorted(foreign)))} cannot be handed to a worker; "
+            f"there is {', '.join(sorted(CARRIED_OPTIONS))}"
+        )
+    known = ("digest", "architecture", "quantization", "parameter_count", "license")
+    return ModelCard(
+        name=model.name,
+        context_length=model.context_length,
+        **{name: getattr(model, name) for name in known if model.HasField(name)},
+    )
+
+
+def to_determinism(model: pb.Model) -> DeterminismClass:
+    exact = model.determinism_class == public.DETERMINISM_CLASS_BIT_EXACT
+    return DeterminismClass.BIT_EXACT if exact else DeterminismClass.BEST_EFFORT
+
+
+class StreamReader:
+    """Reads a worker's stream, and insists that it keeps the contract: what breaks it raises BackendError."""
+
+    def __init__(self, call: types.Call, usage: types.Usage) -> None:
+        """``usage`` is written as counts come."""
+        self._usage = usage
+        self._unreported = {"input_tokens", "output_tokens"}
+        self._unfinished = set(range(call.request.n))
+        self._max_output_tokens = call.request.n * call.max_new_tokens
+
+    def read(self, raw: bytes) -> types.Delta | types.ChoiceFinish | None:
+        """The event of one message, if it has one."""
+        try:
+            message = pb.GenerateResponse.FromString(raw)
+        except DecodeError:
+            raise _broken("a message that cannot be read (strings must be UTF-8)") from None
+        if message.HasField("usage"):
+            self._count(message)
+        kind = message.WhichOneof("event")
+        if kind is None:
+            return None
+        event = message.delta if kind == "delta" else message.finish
+        if event.choice_index not in self._unfinished:
+            raise _broken(f"a {kind} of choice {event.choice_index}, which is finished or was never asked for")
+        return self._delta(message.delta) if kind == "delta" else self._finish(message.finish)
+
+    def end(self) -> None:
+        """The worker says that it is done."""
+        if self._unfinished:
+            raise _broken(f"its end before choice {min(self._unfinished)} was finished")
+        if self._unreported:
+            raise _broken(f"its end and no {min(self._unreported)}")
+
+    def _count(self, message: pb.GenerateResponse) -> None:
+        counts = message.usage
+        for name in _COUNTS:
+            if counts.HasField(name):
+                new, old = getattr(counts, name), getattr(self._usage, name)
+                if old is not None and new < old:
+                    raise _broken(f"{name} {new} after {old}")
+                setattr(self._usage, name, new)
+                self._unreported.discard(name)
+        self._usage.estimated = counts.estimated
+        if (self._usage.output_tokens or 0) > self._max_output_tokens:
+            raise _broken(f"{self._usage.output_tokens} output tokens, where {self._max_output_tokens} were allowed")
+
+    def _delta(self, delta: public.Delta) -> types.Delta:
+        if foreign := {field.name for field, _ in delta.ListFields()} - _DELTA_FIELDS:
+            raise _broken(f"a delta with {', '.join(sorted(foreign))}, which cannot be passed on")
+        logprobs = tuple(
+            types.TokenLogprob(
+                entry.token_id,
+                entry.token,
+                entry.logprob,
+                tuple(types.TopLogprob(top.token_id, top.token, top.logprob) for top in entry.top),
+            )
+            for entry in delta.logprobs
+        )
+        return types.Delta(delta.choice_index, delta.text, tuple(delta.token_ids), logprobs)
+
+    def _finish(self, finish: public.ChoiceFinish) -> types.ChoiceFinish:
+        if finish.reason not in _REASONS:
+            raise _broken(f"a finish with reason {finish.reason}")
+        self._unfinished.remove(finish.choice_index)
+        given = ("stop_sequence", "stop_token_id", "seed")
+        return types.ChoiceFinish(
+            finish.choice_index,
+            _REASONS[finish.reason],
+            **{name: getattr(finish, name) for name in given if finish.HasField(name)},
+        )
+
+
+def _broken(what: str) -> BackendError:
+    return BackendError(f"the backend's worker broke the contract: it sent {what}")
