@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from server_kit import app_with, call, events_of, settings, text_of, until
 
+from headrace.backends.components import Price
 from headrace.backends.errors import (
     BackendError,
     BackendUnavailable,
@@ -20,13 +21,16 @@ from headrace.backends.types import (
     ANONYMOUS,
     ChatInput,
     ChatMessage,
+    Cost,
     Principal,
     Role,
     Stopping,
     TokenIdsInput,
+    Usage,
 )
 from headrace.server.app import App
 from headrace.server.config import SettingsError
+from headrace.server.middleware.pricing import charge_nanos
 from headrace.server.plugins import PluginError
 from headrace.server.registry import ModelState
 from tests.plugin_kit import Install
@@ -262,6 +266,69 @@ async def test_a_middleware_that_crashes_takes_down_its_own_call(plugins: dict[s
         )
         assert isinstance(crash, ZeroDivisionError)
         assert isinstance(other, list)
+
+
+# --- price sources
+
+PRICES = {"id": "2026-11", "currency": "EUR", "models": {"letters": {"input": "0.5", "output": 2}}}
+
+
+async def test_a_call_costs_what_it_used_however_it_ends(plugins: dict[str, Any]) -> None:
+    async with app_with(
+        {"letters": {}, "free": {}},
+        plugins=("price_table", *plugins["plugins"]),
+        price_sources={"table": PRICES},
+        usage_sinks={"sink": {}},
+    ) as app:
+        made = call("four", model="letters", stopping=Stopping(max_new_tokens=3))
+        await events_of(app.generate, made)
+        # 4 x 0.5 and 3 x 2 millionths.
+        assert made.meter.cost == Cost(currency="EUR", charge_nanos=8000, price_id="2026-11", estimated=False)
+        assert [attempt.price_id for attempt in made.meter.attempts] == ["2026-11"]
+        left = call("four", model="letters")
+        cancelled = app.generate(left)
+        async with aclosing(cancelled):
+            await anext(cancelled)
+        assert left.meter.cost is not None
+        assert left.meter.cost.charge_nanos == 2000 + 2000 * (left.meter.usage().output_tokens or 0) > 2000
+        free = call("four", model="free")
+        await events_of(app.generate, free)
+        assert free.meter.cost is None
+        sink = component(app, "usage_sinks", "sink")
+        await until(lambda: len(sink.records) == 3)
+        assert [record.cost for record in sink.records] == [made.meter.cost, left.meter.cost, None]
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (Usage(input_tokens=1, output_tokens=0), 1),  # 0.5 is rounded up
+        (Usage(input_tokens=0, output_tokens=1), 2),  # 1.5
+        (Usage(input_tokens=3, output_tokens=1), 4),  # 1.5 and 1.5, each by itself
+        (Usage(input_tokens=10, cache_read_input_tokens=4, cache_write_input_tokens=2, output_tokens=0), 2 + 1 + 8),
+        (Usage(), 0),
+    ],
+)
+def test_each_kind_of_token_is_rounded_once_half_up(usage: Usage, expected: int) -> None:
+    price = Price(
+        id="x",
+        currency="EUR",
+        input_nanos=500_000,
+        output_nanos=1_500_000,
+        cache_read_input_nanos=300_000,
+        cache_write_input_nanos=4_000_000,
+    )
+    assert charge_nanos(usage, price) == expected
+
+
+def test_prices_that_cannot_be_are_refused_by_name() -> None:
+    for change, problem in (
+        ({"currency": "euro"}, "price_sources.table.currency: String should match pattern"),
+        ({"models": {"m": {"input": -1, "output": 1}}}, "price_sources.table.models.m.input: Input should be greater"),
+        ({"models": {"m": {"input": 1}}}, "price_sources.table.models.m.output: Field required"),
+    ):
+        tables = {"table": PRICES | change}
+        assert problem in refused(plugins=("scripted", "price_table"), price_sources=tables)
 
 
 # --- usage sinks

@@ -1,8 +1,9 @@
-"""What a plugin can put into a server beside backends: authenticators, middleware, usage sinks and logits processors.
+"""What a plugin can put into a server beside backends: authenticators, middleware, price sources, usage sinks, logits
+processors.
 
 Each is a class with a ``name`` and the shape of what it is configured with; the class itself is what a plugin registers
-(``headrace.backends.hookspecs``). An authenticator, a middleware or a usage sink runs if the operator gives it a table,
-``[middleware.<name>]``, empty or not. A logits processor runs where a request asks for it in ``extensions``.
+(``headrace.backends.hookspecs``). A logits processor runs where a request asks for it in ``extensions``. The others run
+if the operator gives them a table, such as ``[middleware.<name>]``, empty or not.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from headrace.backends.api import Tokenizer
-from headrace.backends.types import Attempt, Handler, Principal, Usage
+from headrace.backends.types import Attempt, Cost, Handler, Principal, Usage
 
 
 class Component(Protocol):
-    """What authenticators, middleware and usage sinks have in common."""
+    """What authenticators, middleware, price sources and usage sinks have in common."""
 
     name: ClassVar[str]
     api_version: ClassVar[tuple[int, int]]
@@ -69,9 +70,36 @@ class CallRecord:
     error: str | None
     """The kind of the error it ended with, such as ``"QueueFull"`` or ``"Cancelled"``; ``None``: it did not."""
     usage: Usage
+    cost: Cost | None
+    """``None``: no price is known, or nothing was used."""
     attempts: tuple[Attempt, ...]
     seconds: float
     """From arrival to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What a model's tokens cost: billionths of the currency's unit for a million tokens."""
+
+    id: str
+    """Of this entry of the price book; reports and records name it."""
+    currency: str
+    """ISO 4217, such as ``"USD"``."""
+    input_nanos: int
+    output_nanos: int
+    cache_read_input_nanos: int | None = None
+    """``None``: as other input."""
+    cache_write_input_nanos: int | None = None
+    """``None``: as other input."""
+
+
+class PriceSource(Component, Protocol):
+    """Knows prices: ``[price_sources.<name>]``. The first source that knows a model's is believed."""
+
+    def price(self, backend: str, model: str) -> Price | None:
+        """The price that applies now; ``None`` if it knows none. Asked once a call, on the event loop: it must not
+        block. What it raises ends the call, before anything is used.
+        """
 
 
 class UsageSink(Component, Protocol):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import click
 
     from headrace.backends.api import Backend
-    from headrace.backends.components import Authenticator, LogitsProcessor, Middleware, UsageSink
+    from headrace.backends.components import Authenticator, LogitsProcessor, Middleware, PriceSource, UsageSink
 
 PROJECT = "headrace"
 """The entry-point group, and pluggy's project name."""
@@ -36,6 +36,11 @@ def headrace_authenticators() -> Sequence[type[Authenticator]]:
 @hookspec
 def headrace_middleware() -> Sequence[type[Middleware]]:
     """Middleware: it wraps generations."""
+
+
+@hookspec
+def headrace_price_sources() -> Sequence[type[PriceSource]]:
+    """Price sources: they know what models cost."""
 
 
 @hookspec

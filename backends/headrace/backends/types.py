@@ -372,6 +372,19 @@ class Attempt:
     outcome: AttemptOutcome | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a call costs. Sums are in billionths of the currency's unit."""
+
+    currency: str
+    """ISO 4217."""
+    charge_nanos: int
+    """What the tenant pays."""
+    price_id: str
+    estimated: bool
+    """Whether it rests on estimated usage."""
+
+
 @dataclass(slots=True)
 class Meter:
     """What a call has used so far: written by whoever runs it, as it happens; read by anyone, at any time.
@@ -383,6 +396,8 @@ class Meter:
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    cost: Cost | None = None
+    """``None`` where nobody has a price for the model; set when the call is over."""
     sent_output_tokens: int | None = None
     """``None`` where deltas do not say which tokens they have."""
 

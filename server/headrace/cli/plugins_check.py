@@ -64,7 +64,7 @@ def _problem(plugin: Plugin | BrokenPlugin, settings: Settings) -> str | None:
 def _own(plugin: Plugin, settings: Settings) -> Settings:
     """The settings with no tables but the plugin's."""
     tables = {}
-    for field in ("backends", "authenticators", "middleware", "usage_sinks"):
+    for field in ("backends", "authenticators", "middleware", "price_sources", "usage_sinks"):
         names = {component.name for component in getattr(plugin, field)}
         tables[field] = {name: table for name, table in getattr(settings, field).items() if name in names}
     return settings.model_copy(update=tables)
@@ -76,6 +76,7 @@ def _make_all(plugin: Plugin, settings: Settings) -> None:
         if not isinstance(card, ModelCard):
             raise PluginError(f"backend {backend.name!r}: list_models must give ModelCards, got {card!r}")
     components.make_authenticator(settings, [plugin])
+    components.make_price_sources(settings, [plugin])
     middleware = components.make_middleware(settings, [plugin])
     for place in Place:
         components.wrap(_nothing, middleware[place])

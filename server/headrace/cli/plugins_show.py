@@ -66,6 +66,8 @@ def _parts(plugin: Plugin) -> Iterator[Part]:
         yield _configured("authenticator", "authenticators", authenticator)
     for middleware in plugin.middleware:
         yield _configured("middleware", "middleware", middleware, place=middleware.place.value)
+    for source in plugin.price_sources:
+        yield _configured("price source", "price_sources", source)
     for sink in plugin.usage_sinks:
         yield _configured("usage sink", "usage_sinks", sink)
     for processor in plugin.logits_processors:

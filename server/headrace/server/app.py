@@ -19,6 +19,7 @@ from headrace.server.config import Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
+from headrace.server.middleware.pricing import priced
 from headrace.server.middleware.reporting import UsageReporter
 from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.tokenize import tokenize
@@ -62,6 +63,7 @@ class App:
         # Innermost first.
         handler: Handler = self.registry.run
         handler = components.wrap(handler, middleware[Place.BACKEND])
+        handler = priced(handler, sources=components.make_price_sources(settings, self.plugins))
         handler = tokenize(
             handler,
             registry=self.registry,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from headrace.backends.api import Backend, BackendContext, ModelCard
-from headrace.backends.components import Authenticator, Middleware, Place, UsageSink
+from headrace.backends.components import Authenticator, Middleware, Place, PriceSource, UsageSink
 from headrace.backends.errors import HeadraceError
 from headrace.backends.types import Handler
 from headrace.server.config import Settings, SettingsError, describe
@@ -46,6 +46,11 @@ def make_authenticator(settings: Settings, plugins: Sequence[Plugin]) -> Authent
         raise SettingsError(f"authenticators: one at most, got {', '.join(settings.authenticators)}")
     made = _enabled(plugins, "authenticators", settings.authenticators)
     return next((authenticator for _, authenticator in made), None)
+
+
+def make_price_sources(settings: Settings, plugins: Sequence[Plugin]) -> list[PriceSource]:
+    """Raises like ``make_backends``."""
+    return [source for _, source in _enabled(plugins, "price_sources", settings.price_sources)]
 
 
 def make_usage_sinks(settings: Settings, plugins: Sequence[Plugin]) -> list[UsageSink]:

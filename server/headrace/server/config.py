@@ -82,6 +82,7 @@ class Settings(BaseSettings):
         default_factory=dict, description="Who calls, [authenticators.NAME], one at most; none: all are anonymous."
     )
     middleware: Tables = Field(default_factory=dict, description="What runs, in order: [middleware.NAME].")
+    price_sources: Tables = Field(default_factory=dict, description="What knows prices: [price_sources.NAME].")
     usage_sinks: Tables = Field(default_factory=dict, description="What is told of usage: [usage_sinks.NAME].")
 
     @field_validator("metrics_listen", "models", "default_model", "plugins", mode="before")

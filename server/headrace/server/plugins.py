@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from headrace.backends import hookspecs
 from headrace.backends.api import API_VERSION, Backend
-from headrace.backends.components import Authenticator, LogitsProcessor, Middleware, Place, UsageSink
+from headrace.backends.components import Authenticator, LogitsProcessor, Middleware, Place, PriceSource, UsageSink
 
 
 class PluginError(Exception):
@@ -31,6 +31,7 @@ class Plugin:
     backends: tuple[type[Backend], ...]
     authenticators: tuple[type[Authenticator], ...]
     middleware: tuple[type[Middleware], ...]
+    price_sources: tuple[type[PriceSource], ...]
     usage_sinks: tuple[type[UsageSink], ...]
     logits_processors: tuple[type[LogitsProcessor], ...]
     commands: tuple[click.Command, ...]
@@ -70,6 +71,7 @@ _KINDS: Mapping[str, _Kind] = {
     "backends": _Kind("backend", "Options", ("list_models", "load")),
     "authenticators": _Kind("authenticator", "Options", ("authenticate",)),
     "middleware": _Kind("middleware", "Options", ("wrap",)),
+    "price_sources": _Kind("price source", "Options", ("price",)),
     "usage_sinks": _Kind("usage sink", "Options", ("record", "close")),
     "logits_processors": _Kind("logits processor", "Parameters", ("process",)),
 }

@@ -61,6 +61,7 @@ class UsageReporter:
             model=call.model.card.name if call.model else None,
             error=error,
             usage=call.meter.usage(),
+            cost=call.meter.cost,
             attempts=tuple(call.meter.attempts),
             seconds=self._clock() - call.arrived,
         )

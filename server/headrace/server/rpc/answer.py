@@ -95,7 +95,17 @@ def report_message(call: types.Call, *, now: float) -> pb.GenerationReport:
         model_digest=model.card.digest if model is not None else None,
         determinism_class=f"DETERMINISM_CLASS_{model.determinism.name}" if model is not None else None,
         attempts=[_attempt_message(attempt) for attempt in call.meter.attempts],
+        cost=_cost_message(call.meter.cost),
     )
+
+
+def _cost_message(cost: types.Cost | None) -> usage_pb2.Cost | None:
+    if cost is None:
+        return None
+    message = usage_pb2.Cost(currency=cost.currency, charge_nanos=cost.charge_nanos, price_id=cost.price_id)
+    if cost.estimated:
+        message.estimated = True
+    return message
 
 
 def _timings_message(call: types.Call, output_tokens: int | None, now: float) -> usage_pb2.Timings:
