@@ -14,14 +14,14 @@ def test_before_anything_was_measured_streams_get_the_smallest_chunk_beside_them
     assert pacer.chunk_budget(1) == 16
 
 
-def test_a_step_with_chunks_takes_at_most_twice_as_long_as_one_without() -> None:
+def test_a_step_with_chunks_takes_at_most_three_times_as_long_as_one_without() -> None:
     pacer = Pacer(smallest=16, largest=256)
     for _ in range(50):
         pacer.saw_decodes(0.040)
         pacer.saw_chunks(100, 0.080)
     budget = pacer.chunk_budget(8)
-    assert 0.040 + budget * 0.0008 <= 2 * 0.040
-    assert budget > 40, "and is not timid either"
+    assert 0.040 + budget * 0.0008 <= 3 * 0.040
+    assert budget > 50, "and is not timid either"
 
 
 def test_budgets_stay_within_their_bounds_and_follow_what_is_measured() -> None:

@@ -104,10 +104,21 @@ def lines_of(logs: Logs) -> list[str]:
     return [entry["line"] for entry in logs if entry["event"] == "worker_output"]
 
 
-def worker_pid(logs: Logs) -> int:
-    """The process that said last that it has loaded a model."""
-    found = [match[1] for line in lines_of(logs) if (match := re.fullmatch(r"loaded \w+ in process (\d+)", line))]
-    return int(found[-1])
+def worker_pid(logs: Logs, *, unlike: int | None = None, more: Callable[[], object] | None = None) -> int:
+    """The process that said last that it has loaded a model, and is not ``unlike``. What a worker writes is logged a
+    little after it; ``more`` waits for more of it.
+    """
+    deadline = time.monotonic() + 20
+    while True:
+        found = [match[1] for line in lines_of(logs) if (match := re.fullmatch(r"loaded \w+ in process (\d+)", line))]
+        if found and int(found[-1]) != unlike:
+            return int(found[-1])
+        assert time.monotonic() < deadline, f"no worker said that it has loaded a model: {logs}"
+        time.sleep(0.01) if more is None else more()
+
+
+def wait_for_line(logs: Logs, line: str) -> None:
+    wait_until(lambda: line in lines_of(logs), f"the worker has written {line!r}")
 
 
 def is_running(pid: int) -> bool:

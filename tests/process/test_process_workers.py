@@ -26,6 +26,7 @@ from process_kit import (
     process_backend,
     text_of,
     until,
+    wait_for_line,
     wait_until,
     worker_pid,
 )
@@ -180,7 +181,8 @@ async def test_a_crash_ends_its_calls_with_what_they_used_and_the_next_run(backe
         [attempt] = call.meter.attempts
         assert attempt.outcome is AttemptOutcome.FAILED
         assert (attempt.usage.input_tokens, attempt.usage.output_tokens) == (7, 2)
-        await until(lambda: model.problem() is None and worker_pid(logs) != first, "the worker is back")
+        worker_pid(logs, unlike=first)
+        await until(lambda: model.problem() is None, "the worker is back")
         assert text_of(await events_of(model, call_of(model, "hello"))) == before
         assert any(entry["event"] == "worker_lost" and "SIGKILL" in entry["reason"] for entry in logs)
 
@@ -188,8 +190,9 @@ async def test_a_crash_ends_its_calls_with_what_they_used_and_the_next_run(backe
 async def test_while_a_worker_is_away_calls_are_refused_at_once(logs: Logs) -> None:
     with process_backend(tests={"command": WORKER}) as backend, loaded(backend, "bytes") as model:
         # The second crash in a row: there is a delay before it is started again.
+        pid = None
         for _ in range(2):
-            pid = worker_pid(logs)
+            pid = worker_pid(logs, unlike=pid)
             os.kill(pid, signal.SIGKILL)
             await until(lambda: model.problem() is not None, "the crash is seen")
             assert "worker 'tests'" in str(model.problem())
@@ -199,7 +202,7 @@ async def test_while_a_worker_is_away_calls_are_refused_at_once(logs: Logs) -> N
                 await events_of(model, call)
             assert time.monotonic() - began < 0.5
             assert call.meter.attempts[0].outcome is AttemptOutcome.FAILED
-            await until(lambda pid=pid: model.problem() is None and worker_pid(logs) != pid, "the worker is back")
+            await until(lambda: model.problem() is None, "the worker is back")
         assert await events_of(model, call_of(model, "hello"))
 
 
@@ -322,13 +325,13 @@ def test_a_worker_ends_with_its_last_model(backend: ProcessBackend, logs: Logs) 
     words.close()
     other.close()
     assert is_running(pid)
-    assert "unloaded bytes" in lines_of(logs)
+    wait_for_line(logs, "unloaded bytes")
     assert "unloaded words" not in lines_of(logs)  # it is still in use
     same_words.close()
     assert not is_running(pid)
     assert lines_of(logs)[-2:] == ["unloaded words", "stopping"]
     with loaded(backend, "words"):
-        assert worker_pid(logs) != pid
+        worker_pid(logs, unlike=pid)
 
 
 def test_a_stubborn_worker_is_killed_after_its_grace(logs: Logs) -> None:
@@ -342,8 +345,8 @@ def test_a_stubborn_worker_is_killed_after_its_grace(logs: Logs) -> None:
 def test_what_a_worker_has_started_ends_with_it(logs: Logs) -> None:
     worker = {"command": ["sh", "-c", f"sleep 600 & echo child $!; {' '.join(WORKER)}; true"]}
     with process_backend(tests=worker) as backend, loaded(backend, "words"):
-        [child] = [int(line.split()[1]) for line in lines_of(logs) if line.startswith("child")]
         pid = worker_pid(logs)
+        [child] = [int(line.split()[1]) for line in lines_of(logs) if line.startswith("child")]
         assert is_running(child)
     wait_until(lambda: not is_running(child) and not is_running(pid), "both have ended")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 _SMOOTHING = 0.2
-_MAX_STRETCH = 1.0
-"""A step with chunks may take this much longer than the decodes alone, beyond their own time. That is a gap of twice
-the usual one; what the machine's noise and a chunk's growing attention add stays within three times."""
+_MAX_STRETCH = 1.6
+"""A step with chunks may take this much longer than the decodes alone, beyond their own time: with the smallest chunk's
+overhead the gap between two tokens stays within three times the usual one."""
 
 
 class Pacer:

@@ -21,7 +21,7 @@ from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendError
 from headrace.backends.types import Sampling
 
-_NUM_CANDIDATES = (64, 512)
+_NUM_CANDIDATES = (64, 512, 4096)
 """How many candidates to look at, first for all rows, then for those that need more. The whole row comes last."""
 # What is closer to 0 is taken for these: it would overflow float32, and chooses no differently.
 _MIN_TEMPERATURE = 1e-9
