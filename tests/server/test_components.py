@@ -368,6 +368,19 @@ async def test_a_slow_sink_holds_no_call_up_and_gets_everything_before_it_is_clo
     assert (len(sink.records), sink.closed) == (20, 1)
 
 
+async def test_a_sink_that_hangs_does_not_keep_the_server_from_ending(
+    plugins: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("headrace.server.middleware.reporting._CLOSE_SECONDS", 0.05)
+    async with app_with(**plugins, usage_sinks={"sink": {}}) as app:
+        sink = component(app, "usage_sinks", "sink")
+        sink.gate = asyncio.Event()
+        for _ in range(3):
+            await events_of(app.generate, call("ab", stopping=Stopping(max_new_tokens=1)))
+    assert (sink.records, sink.closed) == ([], 1)
+    assert "count=3" in capsys.readouterr().out
+
+
 async def test_a_sink_that_fails_is_logged_and_harms_no_call(plugins: dict[str, Any], capsys: Any) -> None:
     async with app_with(**plugins, usage_sinks={"sink": {"fails": "yes"}}) as app:
         await events_of(app.generate, call("ab"))

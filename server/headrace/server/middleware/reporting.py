@@ -14,6 +14,9 @@ from headrace.backends.types import Call, Events, Handler
 _MAX_PENDING = 10_000
 """Records that sinks may be behind with; beyond that they are lost, and it is logged."""
 
+_CLOSE_SECONDS = 10.0
+"""For what sinks are behind with when the server stops, and for closing one: they must not keep it from ending."""
+
 
 class UsageReporter:
     """Hands records to sinks off the path of calls: a slow sink holds nobody up."""
@@ -45,12 +48,17 @@ class UsageReporter:
         return handle
 
     async def close(self) -> None:
-        """Waits until every record is handed over, and closes the sinks. No call is running."""
+        """Hands over what there is and closes the sinks, each within ``_CLOSE_SECONDS``. No call is running."""
         if self._pending:
-            await asyncio.wait(self._pending)
+            _, late = await asyncio.wait(self._pending, timeout=_CLOSE_SECONDS)
+            if late:
+                self._log.error("usage_records_lost", count=len(late), reason="their sinks took too long")
+            for task in late:
+                task.cancel()
         for sink in self._sinks:
             try:
-                await sink.close()
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await sink.close()
             except Exception as error:  # noqa: BLE001  # a plugin may raise anything
                 self._log.error("usage_sink_failed", sink=sink.name, exc_info=error)
 

@@ -1,0 +1,42 @@
+"""``headrace config`` with the settings of plugins."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from headrace.cli.main import cli
+from tests.plugin_kit import Install
+
+SOURCE = """
+from pydantic import BaseModel, SecretStr
+from headrace.backends.api import API_VERSION
+from headrace.backends.hookspecs import hookimpl
+from headrace.backends.types import ANONYMOUS
+
+class Options(BaseModel):
+    keys: dict[str, SecretStr]
+    strict: bool = True
+
+class Keys:
+    name, api_version, Options = "keys", API_VERSION, Options
+    def __init__(self, options): ...
+    async def authenticate(self, metadata): return ANONYMOUS
+
+@hookimpl
+def headrace_authenticators():
+    return [Keys]
+"""
+
+
+def test_secrets_in_the_tables_of_plugins_are_masked_and_the_rest_is_toml(install: Install, tmp_path: Path) -> None:
+    plugin = install(SOURCE)
+    file = tmp_path / "headrace.toml"
+    file.write_text(f'plugins = ["{plugin}"]\n[authenticators.keys.keys]\nann = "hunter2"\n')
+    result = CliRunner().invoke(cli, ["config", "--config", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "hunter2" not in result.output
+    shown = tomllib.loads(result.output)
+    assert shown["authenticators"] == {"keys": {"keys": {"ann": "**********"}}}
