@@ -72,9 +72,14 @@ def _own(plugin: Plugin, settings: Settings) -> Settings:
 
 def _make_all(plugin: Plugin, settings: Settings) -> None:
     """Raises PluginError or SettingsError."""
-    for backend, card in components.list_models(components.make_backends(settings, [plugin])):
-        if not isinstance(card, ModelCard):
-            raise PluginError(f"backend {backend.name!r}: list_models must give ModelCards, got {card!r}")
+    backends = components.make_backends(settings, [plugin])
+    try:
+        for backend, card in components.list_models(backends):
+            if not isinstance(card, ModelCard):
+                raise PluginError(f"backend {backend.name!r}: list_models must give ModelCards, got {card!r}")
+    finally:
+        for backend in backends:
+            getattr(backend, "close", lambda: None)()
     components.make_authenticator(settings, [plugin])
     components.make_price_sources(settings, [plugin])
     middleware = components.make_middleware(settings, [plugin])
