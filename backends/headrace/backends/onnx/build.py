@@ -6,17 +6,15 @@ import importlib.metadata
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.onnx import bundle
-from headrace.backends.onnx.bundle import Manifest, ModelFileError
+from headrace.backends.onnx.bundle import Manifest, ModelFileError, Quantization
 from headrace.backends.onnx.catalog import CATALOG, fetch
 from headrace.backends.tokenizer import HuggingFaceTokenizer
 
-Quantization = Literal["int8", "w8a8", "fp32"]
 Progress = Callable[[str, float], None]
 """Told what is being done, and how much of all is done: 0 to 1."""
 

@@ -45,6 +45,8 @@ _REQUIRED_FILES = frozenset({GRAPH, TOP, WEIGHTS, TOKENIZER})
 _OPTIONAL_FILES = frozenset({CHAT_TEMPLATE})
 _MAX_MANIFEST_BYTES = 1 << 20
 
+Quantization = Literal["int8", "w8a8", "fp32"]
+"""How weights are stored and multiplied: ``formulations.FORMULATIONS``."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -84,7 +86,7 @@ class Manifest(BaseModel):
     architecture: str
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     """``bundle_digest`` of the files."""
-    quantization: Literal["int8", "w8a8", "fp32"]
+    quantization: Quantization
     context_length: Count
     vocabulary_size: Count
     num_layers: Count
