@@ -72,6 +72,15 @@ def test_damage_anywhere_in_the_header_ends_in_a_clear_error_or_in_nothing(tmp_p
         open_everything(path)
 
 
+def test_more_layers_than_there_are_tensors_are_refused_at_once(tmp_path, whole):
+    key = b"llama.block_count"
+    at = whole.index(key) + len(key) + 4  # behind the type
+    path = tmp_path / "layers.gguf"
+    path.write_bytes(whole[:at] + (4_000_000_000).to_bytes(4, "little") + whole[at + 4 :])
+    with pytest.raises(ModelFileError, match="4000000000 layers cannot be in"):
+        open_everything(path)
+
+
 def test_a_huge_length_in_the_header_is_an_error_and_no_allocation(tmp_path, whole):
     key = b"llama.block_count"
     at = whole.index(key) + len(key)

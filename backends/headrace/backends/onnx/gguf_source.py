@@ -89,8 +89,11 @@ class GgufDecoder:
         embedding = self._file.tensors.get(_tensor_name("embedding"))
         if embedding is None:
             raise self._missing(_tensor_name("embedding"))
+        num_layers = self._count("block_count")
+        if num_layers > len(self._file.tensors):  # before billions of missing ones are looked for
+            raise self._damaged(f"{num_layers} layers cannot be in {len(self._file.tensors)} tensors")
         return DecoderConfig(
-            num_layers=self._count("block_count"),
+            num_layers=num_layers,
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
