@@ -4,22 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/headrace/v1/*.proto proto/headrace/backend/v1/*.proto)
+KERNELS := $(wildcard backends/kernels/*.* backends/kernels/headrace_kernels/*.py backends/kernels/src/*)
 NODE_FOLDERS := clients/node backends/examples/node-backend
 
 .PHONY: run test soak check lint types contracts proto docs generate clean
 
 # Installs, builds the default model, serves it and streams a first answer. Ctrl-C stops it.
-run: $(VENV)/.serve
+run: $(VENV)/.serve $(VENV)/.kernels
 	@# In a process group of its own, so that Ctrl-C reaches it and not make, which would end with an error.
 	@bash -c 'set -m; $(BIN)/headrace quickstart; exit $$?'
 
 # Installs what the tests need and runs them.
-test: $(VENV)/.dev $(NODE_FOLDERS:=/node_modules)
+test: $(VENV)/.dev $(VENV)/.tested-kernels $(NODE_FOLDERS:=/node_modules)
 	$(BIN)/headrace models build smollm2-135m --if-missing
 	$(BIN)/pytest
 
 # What is too long for CI: kill loops, cancels by the thousand, memory over half an hour.
-soak: $(VENV)/.dev
+soak: $(VENV)/.dev $(VENV)/.tested-kernels
 	$(BIN)/headrace models build smollm2-135m --if-missing
 	$(BIN)/pytest -m soak --timeout 3600
 
@@ -29,6 +30,7 @@ check: lint types contracts proto docs
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(CC) -std=gnu11 -O1 -Wall -Wextra -Werror -fsyntax-only backends/kernels/src/*.c
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -59,8 +61,13 @@ $(VENV)/.serve: $(VENV)/bin/python pyproject.toml
 	@$(PIP) install --editable '.[serve,build]'
 	@touch $@
 
+# The compiled operators are optional: without them a model runs on ONNX Runtime's own.
+$(VENV)/.kernels: $(VENV)/bin/python $(KERNELS)
+	@$(PIP) install ./backends/kernels || echo 'headrace-kernels was not compiled; serving goes on without it, slower.'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(PIP) install --editable '.[serve,build,dev]'
+	$(PIP) install --editable '.[serve,build,bench,dev]'
 	@touch $@ $(VENV)/.serve
 
 $(VENV)/.docs: $(VENV)/.dev
@@ -72,4 +79,4 @@ $(VENV)/.docs: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site $(NODE_FOLDERS:=/node_modules)
+	rm -rf $(VENV) site backends/kernels/build backends/kernels/*.egg-info $(NODE_FOLDERS:=/node_modules)

@@ -22,6 +22,7 @@ def make(num_tokens: int = 2000, *, head_size: int = HEAD_SIZE, capacity: int = 
         capacity=capacity,
         head_size=head_size,
         num_tokens=num_tokens,
+        dtype=np.float32,
     )
 
 

@@ -14,16 +14,20 @@ import pytest
 from headrace.backends.api import BackendContext, DeterminismClass, Row
 from headrace.backends.errors import BackendError
 from headrace.backends.onnx.bundle import read_manifest
-from headrace.backends.onnx.model import OnnxModel, _group_neighbours
-from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
+from headrace.backends.onnx.model import OnnxModel
+from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions, compiled_operators
+from headrace.backends.onnx.stock_session import _group_neighbours
 from headrace.backends.tokenizer import HuggingFaceTokenizer
 
 NUM_SLOTS = 32
 VOCABULARY_SIZE = 49_152
 
 
-@pytest.fixture(scope="module")
-def model(smollm2: Path) -> Iterator[OnnxModel]:
+@pytest.fixture(scope="module", params=["ONNX Runtime's operators", "compiled operators"])
+def model(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[OnnxModel]:
+    compiled = request.param == "compiled operators"
+    if compiled and compiled_operators() is None:
+        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
     manifest = read_manifest(smollm2)
     loaded = OnnxModel(
         smollm2,
@@ -31,8 +35,9 @@ def model(smollm2: Path) -> Iterator[OnnxModel]:
         HuggingFaceTokenizer.from_bundle(smollm2, manifest),
         threads=2,
         num_slots=NUM_SLOTS,
-        num_kv_tokens=8192,
+        num_kv_bytes=2**29,
         spinning=False,
+        operators=compiled_operators() if compiled else None,
     )
     yield loaded
     loaded.close()
@@ -237,7 +242,8 @@ def test_a_run_is_never_padded_to_more_than_twice_its_tokens() -> None:
 
 
 def test_the_backend_offers_what_is_in_the_folder_and_loads_it(smollm2: Path) -> None:
-    backend = OnnxBackend(OnnxOptions(max_running=2, kv_cache="64MiB", threads=1), BackendContext(smollm2.parent))
+    options = OnnxOptions(max_running=2, kv_cache="64MiB", threads=1, compiled_operators=False)
+    backend = OnnxBackend(options, BackendContext(smollm2.parent))
     cards = {card.name: card for card in backend.list_models()}
     manifest = read_manifest(smollm2)
     assert cards[manifest.name].digest == manifest.digest
@@ -248,6 +254,17 @@ def test_the_backend_offers_what_is_in_the_folder_and_loads_it(smollm2: Path) ->
         assert loaded.num_slots == 2
         # 30 layers, keys and values, 3 heads of 64 floats.
         assert loaded.num_kv_tokens == 64 * 2**20 // (30 * 2 * 3 * 64 * 4)
+    finally:
+        loaded.close()
+
+
+def test_the_compiled_operators_keep_twice_as_many_tokens_in_the_same_memory(smollm2: Path) -> None:
+    if compiled_operators() is None:
+        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
+    options = OnnxOptions(max_running=2, kv_cache="64MiB", threads=1)
+    loaded = OnnxBackend(options, BackendContext(smollm2.parent)).load(smollm2.name)
+    try:
+        assert loaded.num_kv_tokens == 64 * 2**20 // (30 * 2 * 3 * 64 * 2)
     finally:
         loaded.close()
 

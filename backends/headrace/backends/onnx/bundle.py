@@ -2,6 +2,7 @@
 
     manifest.json         what the model is, and the SHA-256 of every other file
     model.onnx            the graph, without weights
+    fused.onnx            the same for the compiled operators of headrace-kernels, where they can compute it
     top.onnx              the graph of ``top``
     weights.bin           the weights; every tensor starts at a page, so that it can be mapped
     tokenizer.json        in the format of Hugging Face's ``tokenizers``
@@ -36,13 +37,14 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
+FUSED = "fused.onnx"
 TOP = "top.onnx"
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 _REQUIRED_FILES = frozenset({GRAPH, TOP, WEIGHTS, TOKENIZER})
-_OPTIONAL_FILES = frozenset({CHAT_TEMPLATE})
+_OPTIONAL_FILES = frozenset({CHAT_TEMPLATE, FUSED})
 _MAX_MANIFEST_BYTES = 1 << 20
 
 Quantization = Literal["int8", "w8a8", "fp32"]
@@ -135,7 +137,7 @@ class Manifest(BaseModel):
 def bundle_digest(files: dict[str, FileEntry]) -> str:
     """The digest of a bundle: SHA-256 over a line ``<sha256>  <name>`` for each file, in the order of names.
 
-    Equal digests give equal tokens and logits (given equal runtimes and processors).
+    Equal digests give equal tokens and logits (given equal runtimes, operators and processors).
     """
     lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,27 @@ class Formulation(Protocol):
         """The rows ``ids`` [T] of ``matrix``: [T, inputs]. Returns ``output``."""
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A stored matrix of integers in blocks: names of tensors."""
+
+    bits: int
+    values: str
+    """uint8 [outputs, blocks, block_size × bits / 8]; zero is 2^(bits - 1), or 0 with minima."""
+    scales: str
+    """float32 [outputs, blocks]"""
+    minima: str
+    """Shaped as ``scales``; empty if there are none."""
+
+
+@runtime_checkable
+class Blockwise(Formulation, Protocol):
+    """A formulation whose matrices the operators of ``headrace-kernels`` can read."""
+
+    def blocks(self, graph: GraphBuilder, matrix: Matrix) -> Blocks:
+        """Stores ``matrix``, or finds it stored."""
+
+
 class Float32:
     """float32 throughout."""
 
@@ -75,7 +96,7 @@ class Int8:
         outputs, inputs = matrix.shape
         return graph.node(
             "MatMulNBits",
-            [x, *self._stored(graph, matrix)],
+            [x, *_stored_blocks(graph, matrix)],
             output,
             domain=MICROSOFT,
             K=inputs,
@@ -86,36 +107,14 @@ class Int8:
         )
 
     def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
-        values, scales = self._stored(graph, matrix)
-        rows, width = matrix.shape
-        padded_width = -(-width // BLOCK_SIZE) * BLOCK_SIZE
-        # The same bytes: MatMulNBits takes the blocks as a dimension of their own, GatherBlockQuantized does not.
-        table = graph.view(f"{matrix.name}.table", values, (rows, padded_width))
-        found = graph.node(
-            "GatherBlockQuantized",
-            [table, ids, scales],
-            output if padded_width == width else f"{output}.padded",
-            domain=MICROSOFT,
-            bits=8,
-            block_size=BLOCK_SIZE,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-        if padded_width == width:
-            return found
-        start, end, axis = (
-            graph.integers(f"{output}.{k}", [v]) for k, v in (("start", 0), ("end", width), ("axis", 1))
-        )
-        return graph.node("Slice", [found, start, end, axis], output)
+        return _embedding(graph, ids, matrix, output)
 
-    def _stored(self, graph: GraphBuilder, matrix: Matrix) -> tuple[str, str]:
-        values, scales = graph.stored(
-            [f"{matrix.name}.values", f"{matrix.name}.scales"], lambda: quantize_blocks(matrix.read(), BLOCK_SIZE)
-        )
-        return values, scales
+    def blocks(self, graph: GraphBuilder, matrix: Matrix) -> Blocks:
+        values, scales = _stored_blocks(graph, matrix)
+        return Blocks(8, values, scales, "")
 
 
-class ChannelInt8(Int8):
+class ChannelInt8:
     """int8 weights with a scale for each output, and uint8 activations: plain integer products, the fastest there are.
 
     One step for a whole row of activations is only good enough because the weights are rotated: that leaves no
@@ -140,6 +139,9 @@ class ChannelInt8(Int8):
         product = self._product(graph, divided, 1.0, matrix.name, weights, f"{output}.divided")
         return graph.node("Mul", [product, largest], output)
 
+    def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
+        return _embedding(graph, ids, matrix, output)
+
     @staticmethod
     def _product(graph: GraphBuilder, x: str, largest: float, name: str, weights: Sequence[str], output: str) -> str:
         """The product of ``x``, between ``-largest`` and ``largest``; what lies outside is clipped."""
@@ -151,6 +153,36 @@ class ChannelInt8(Int8):
         return graph.node(
             "MatMulIntegerToFloat", [quantized, values, step, scales, zero_point], output, domain=MICROSOFT
         )
+
+
+def _stored_blocks(graph: GraphBuilder, matrix: Matrix) -> Sequence[str]:
+    """A matrix in int8 blocks: its values and its scales."""
+    return graph.stored(
+        [f"{matrix.name}.values", f"{matrix.name}.scales"], lambda: quantize_blocks(matrix.read(), BLOCK_SIZE)
+    )
+
+
+def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
+    """``Formulation.embedding`` of a matrix in int8 blocks."""
+    values, scales = _stored_blocks(graph, matrix)
+    rows, width = matrix.shape
+    padded_width = -(-width // BLOCK_SIZE) * BLOCK_SIZE
+    # The same bytes: MatMulNBits takes the blocks as a dimension of their own, GatherBlockQuantized does not.
+    table = graph.view(f"{matrix.name}.table", values, (rows, padded_width))
+    found = graph.node(
+        "GatherBlockQuantized",
+        [table, ids, scales],
+        output if padded_width == width else f"{output}.padded",
+        domain=MICROSOFT,
+        bits=8,
+        block_size=BLOCK_SIZE,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if padded_width == width:
+        return found
+    start, end, axis = (graph.integers(f"{output}.{k}", [v]) for k, v in (("start", 0), ("end", width), ("axis", 1)))
+    return graph.node("Slice", [found, start, end, axis], output)
 
 
 FORMULATIONS: dict[str, Formulation] = {"fp32": Float32(), "int8": Int8(), "w8a8": ChannelInt8()}

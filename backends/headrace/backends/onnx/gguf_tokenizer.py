@@ -9,11 +9,11 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headrace.backends.onnx.bundle import ModelFileError
+from headrace.backends.onnx.source import SourceTokenizer
 
 _SPACE = "▁"  # SentencePiece's
 
@@ -33,12 +33,18 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PRE_TOKENIZERS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "smollm": _sequence({"type": "Digits", "individual_digits": True}, _GPT2),
     "llama-bpe": _sequence(_split(_WORDS % "{1,3}"), _BYTES_ALONE),
     "qwen2": _sequence(_split(_WORDS % ""), _BYTES_ALONE),
+    "tekken": _sequence(_split(_TEKKEN_WORDS), _BYTES_ALONE),
 }
 """How text is cut before BPE, by ``tokenizer.ggml.pre``: as the models' own tokenizers on the Hugging Face hub do."""
 
@@ -55,19 +61,7 @@ class _Kind(enum.IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True, slots=True)
-class GgufTokenizer:
-    """A tokenizer as a bundle keeps it."""
-
-    tokenizer_json: str
-    chat_template: str | None
-    eos_token_ids: tuple[int, ...]
-    """The file's own first."""
-    bos_token_id: int | None
-    add_bos_token: bool
-
-
-def read_tokenizer(path: Path, metadata: Mapping[str, Any]) -> GgufTokenizer:
+def read_tokenizer(path: Path, metadata: Mapping[str, Any]) -> SourceTokenizer:
     """The tokenizer of a GGUF file. ``path`` is for messages. Raises ModelFileError."""
     return _Reader(path, metadata).read()
 
@@ -77,7 +71,7 @@ class _Reader:
         self._path = path
         self._metadata = metadata
 
-    def read(self) -> GgufTokenizer:
+    def read(self) -> SourceTokenizer:
         family = self._get("model", str)
         if family not in {"gpt2", "llama"}:
             raise ModelFileError(f"{self._path}: unsupported tokenizer {family!r}; supported are 'gpt2' and 'llama'")
@@ -116,11 +110,11 @@ class _Reader:
         eos += [controls[token] for token in _ENDS if token in controls]
         bos = self._token_id("bos_token_id", len(tokens))
         # The defaults of llama.cpp.
-        adds_bos = family == "llama" or self._metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+        adds_bos = family == "llama" or self._metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "tekken")
         template = self._metadata.get("tokenizer.chat_template")
         if not isinstance(template, str | None):
             raise self._damaged("tokenizer.chat_template is no text")
-        return GgufTokenizer(
+        return SourceTokenizer(
             tokenizer_json=json.dumps(description, ensure_ascii=False),
             chat_template=template,
             eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
@@ -151,8 +145,8 @@ class _Reader:
                 "type": "BPE",
                 "vocab": vocabulary,
                 "merges": merges,
-                # Llama 3 takes a word that is a token whole, whatever its merges say.
-                "ignore_merges": pre == "llama-bpe",
+                # They take a word that is a token whole, whatever its merges say.
+                "ignore_merges": pre in {"llama-bpe", "tekken"},
             },
         }
 

@@ -1,4 +1,4 @@
-"""Writes a llama-like decoder as one packed ONNX graph.
+"""Writes a decoder as one packed ONNX graph.
 
 All dense work runs on packed tokens [T, hidden]: the new tokens of every sequence, one after another. Attention alone
 sees a padded view [B, S, …], one row a cache slot, and appends each row's keys and values to the cache in place.
@@ -20,9 +20,10 @@ Outputs: ``logits`` float32 [R, V], and ``present_k.{i}``, ``present_v.{i}``, to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -33,50 +34,109 @@ from headrace.backends.onnx.formulations import Formulation, Matrix
 from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder, WeightFile
 
 Weights = Callable[[str], NDArray[np.float32]]
-"""Reads a weight by its name in ``weight_shapes``."""
+"""Reads a weight by its name in ``weight_shapes``, as the graph uses it: what an architecture folds into weights (an
+offset of its norms, a scale of its embeddings or of its attention) is in them."""
+
+Activation = Literal["silu", "gelu_tanh"]
+"""``silu``: x × sigmoid(x). ``gelu_tanh``: GELU in its approximation by tanh."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerConfig:
+    """What may differ between the layers of a decoder."""
+
+    window: int | None
+    """How many tokens a token attends to, itself among them: the last ones. None: all of them."""
+    rope_frequencies: tuple[float, ...] | None
+    """Of the rotary embedding: radians per position, by which each of the ``head_size / 2`` pairs is turned; pair j is
+    elements j and ``j + head_size / 2`` of a head. None: queries and keys are not turned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a llama-like decoder: pre-norm RMSNorm, rotary embedding of halves, grouped queries, SwiGLU."""
+    """The shape of a decoder. With x the residual stream [tokens, hidden_size], layer i is
 
-    num_layers: int
+        y = norm(x) × attention_norm
+        q, k, v = y qᵀ + q_bias, y kᵀ + k_bias, y vᵀ + v_bias                   biases: if qkv_bias
+        q, k = norm(q) × q_norm, norm(k) × k_norm, each head on its own         if qk_norm
+        q, k = rotary(q), rotary(k)                                             if the layer has rope_frequencies
+        a = attention(q, k, v) oᵀ, causal, scores over sqrt(head_size), within the layer's window
+        x = x + a                           with post_norms: x + norm(a) × attention_post_norm
+        y = norm(x) × ffn_norm
+        f = (activation(y gateᵀ) × (y upᵀ)) downᵀ
+        x = x + f                           with post_norms: x + norm(f) × ffn_post_norm
+
+    where norm(x) = x / sqrt(mean(x²) + norm_epsilon); the first x is a row of ``embedding`` for each token, the logits
+    are (norm(x) × final_norm) headᵀ. Names are those of ``weight_shapes``.
+    """
+
+    layers: tuple[LayerConfig, ...]
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    """Divides ``num_heads``: heads h × num_heads / num_kv_heads and following share head h of keys and values."""
     head_size: int
+    """Not always ``hidden_size / num_heads``."""
     ffn_size: int
     vocabulary_size: int
     context_length: int
-    rope_base: float
     norm_epsilon: float
+    activation: Activation
+    qkv_bias: bool
+    qk_norm: bool
+    post_norms: bool
     tied_embeddings: bool
-    """Whether the head's weights are the embedding's."""
+    """Whether the head's weights are the embedding's; there is no weight ``head`` then."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
 
 def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by name. Matrices are [outputs, inputs]."""
     hidden, ffn = config.hidden_size, config.ffn_size
     queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (config.vocabulary_size, hidden),
-        "final_norm": (hidden,),
+    layer: dict[str, tuple[int, ...]] = {
+        "attention_norm": (hidden,),
+        "q": (queries, hidden),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "o": (hidden, queries),
+        "ffn_norm": (hidden,),
+        "gate": (ffn, hidden),
+        "up": (ffn, hidden),
+        "down": (hidden, ffn),
     }
+    if config.qkv_bias:
+        layer |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
+    if config.qk_norm:
+        layer |= {"q_norm": (config.head_size,), "k_norm": (config.head_size,)}
+    if config.post_norms:
+        layer |= {"attention_post_norm": (hidden,), "ffn_post_norm": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocabulary_size, hidden), "final_norm": (hidden,)}
     if not config.tied_embeddings:
         shapes["head"] = (config.vocabulary_size, hidden)
     for i in range(config.num_layers):
-        shapes |= {
-            f"{i}.attention_norm": (hidden,),
-            f"{i}.q": (queries, hidden),
-            f"{i}.k": (keys, hidden),
-            f"{i}.v": (keys, hidden),
-            f"{i}.o": (hidden, queries),
-            f"{i}.ffn_norm": (hidden,),
-            f"{i}.gate": (ffn, hidden),
-            f"{i}.up": (ffn, hidden),
-            f"{i}.down": (hidden, ffn),
-        }
+        shapes |= {f"{i}.{part}": shape for part, shape in layer.items()}
     return shapes
+
+
+def rope_tables(frequencies: Sequence[float], context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The cosines and sines of a rotary embedding, each [context_length, len(frequencies)]."""
+    angles = np.outer(np.arange(context_length), np.array(frequencies))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def matrix(config: DecoderConfig, weights: Weights, name: str, parts: Sequence[str]) -> Matrix:
+    """The weights ``parts``, one below the other, to be called ``name``."""
+    shapes = weight_shapes(config)
+    return Matrix(
+        name,
+        (sum(shapes[part][0] for part in parts), shapes[parts[0]][1]),
+        lambda: np.concatenate([weights(part) for part in parts]),
+        normalized=not name.endswith((".o", ".down")),
+    )
 
 
 def packed_decoder(
@@ -112,10 +172,16 @@ class _Decoder:
 
     def _attention(self, layer: int, x: str) -> str:
         config, graph = self._config, self._graph
-        qkv = self._linear(x, f"{layer}.qkv", [f"{layer}.q", f"{layer}.k", f"{layer}.v"])
+        attributes: dict[str, int] = {"num_heads": config.num_heads, "kv_num_heads": config.num_kv_heads}
+        window, frequencies = config.layers[layer].window, config.layers[layer].rope_frequencies
+        if window is not None:
+            attributes["local_window_size"] = window
+        cos, sin = "", ""
+        if frequencies is not None:
+            cos, sin = self._rope(frequencies)
+            attributes["do_rotary"] = 1
+        qkv = self._qkv(layer, x)
         padded = graph.node("Gather", [qkv, "pad_index"], f"{layer}.padded", axis=0)
-        cos = self._weight("rope_cos", lambda: self._rope(np.cos))
-        sin = self._weight("rope_sin", lambda: self._rope(np.sin))
         unused = [""] * 7
         attended = graph.node(
             "GroupQueryAttention",
@@ -129,33 +195,64 @@ class _Decoder:
             f"present_k.{layer}",
             f"present_v.{layer}",
             domain=MICROSOFT,
-            num_heads=config.num_heads,
-            kv_num_heads=config.num_kv_heads,
-            do_rotary=1,
+            **attributes,
         )
         row_shape = graph.integers("row_shape", [-1, config.num_heads * config.head_size])
         rows = graph.node("Reshape", [attended, row_shape], f"{layer}.rows")
         packed = graph.node("Gather", [rows, "unpad_index"], f"{layer}.packed", axis=0)
-        return self._linear(packed, f"{layer}.o", [f"{layer}.o"])
+        out = self._linear(packed, f"{layer}.o", [f"{layer}.o"])
+        return self._norm(f"{layer}.attention_post_norm", out) if config.post_norms else out
+
+    def _qkv(self, layer: int, x: str) -> str:
+        """Queries, keys and values side by side: [T, (num_heads + 2 × num_kv_heads) × head_size]."""
+        config, graph = self._config, self._graph
+        qkv = self._linear(x, f"{layer}.qkv", [f"{layer}.{part}" for part in "qkv"])
+        if config.qkv_bias:
+            bias = self._weight(
+                f"{layer}.qkv_bias", lambda: np.concatenate([self._weights(f"{layer}.{part}_bias") for part in "qkv"])
+            )
+            qkv = graph.node("Add", [qkv, bias], f"{layer}.qkv.biased")
+        if not config.qk_norm:
+            return qkv
+        widths = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+        sizes = graph.integers("qkv_sizes", [heads * config.head_size for heads in widths.values()])
+        graph.node("Split", [qkv, sizes], *(f"{layer}.{part}.y" for part in "qkv"), axis=1)
+        parts = [self._head_norm(layer, part, widths[part]) for part in "qk"]
+        return graph.node("Concat", [*parts, f"{layer}.v.y"], f"{layer}.qkv.normed", axis=1)
+
+    def _head_norm(self, layer: int, part: str, num_heads: int) -> str:
+        """Normalises each head of ``{layer}.{part}.y`` [T, num_heads × head_size] on its own."""
+        config, graph = self._config, self._graph
+        head_shape = graph.integers("head_shape", [-1, config.head_size])
+        row_shape = graph.integers(f"{part}_shape", [-1, num_heads * config.head_size])
+        heads = graph.node("Reshape", [f"{layer}.{part}.y", head_shape], f"{layer}.{part}.heads")
+        return graph.node("Reshape", [self._norm(f"{layer}.{part}_norm", heads), row_shape], f"{layer}.{part}.normed")
 
     def _ffn(self, layer: int, x: str) -> str:
-        graph = self._graph
+        config, graph = self._config, self._graph
         gate = self._linear(x, f"{layer}.gate", [f"{layer}.gate"])
         up = self._linear(x, f"{layer}.up", [f"{layer}.up"])
-        activated = graph.node("QuickGelu", [gate], f"{layer}.silu", domain=MICROSOFT, alpha=1.0)
+        if config.activation == "silu":
+            activated = graph.node("QuickGelu", [gate], f"{layer}.silu", domain=MICROSOFT, alpha=1.0)
+        else:
+            activated = graph.node("FastGelu", [gate], f"{layer}.gelu", domain=MICROSOFT)
         gated = graph.node("Mul", [activated, up], f"{layer}.act")
-        return self._linear(gated, f"{layer}.down", [f"{layer}.down"])
+        out = self._linear(gated, f"{layer}.down", [f"{layer}.down"])
+        return self._norm(f"{layer}.ffn_post_norm", out) if config.post_norms else out
+
+    def _norm(self, name: str, x: str) -> str:
+        scale = self._weight(name, partial(self._weights, name))
+        return self._graph.node(
+            "SimplifiedLayerNormalization", [x, scale], f"{name}.y", epsilon=self._config.norm_epsilon, axis=-1
+        )
 
     def _add_norm(self, name: str, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds a branch to the residual; returns that normalised, and the sum."""
         config, graph = self._config, self._graph
+        if branch is None:
+            return self._norm(name, residual), residual
         scale = self._weight(name, partial(self._weights, name))
         normalized, total = f"{name}.y", f"{name}.sum"
-        if branch is None:
-            graph.node(
-                "SimplifiedLayerNormalization", [residual, scale], normalized, epsilon=config.norm_epsilon, axis=-1
-            )
-            return normalized, residual
         graph.node(
             "SkipSimplifiedLayerNormalization",
             [residual, branch, scale],
@@ -168,25 +265,18 @@ class _Decoder:
     def _linear(self, x: str, name: str, parts: list[str]) -> str:
         return self._formulation.linear(self._graph, x, self._matrix(name, parts), f"{name}.y")
 
-    def _matrix(self, name: str, parts: list[str]) -> Matrix:
-        """The weights ``parts``, one below the other."""
-        shapes = weight_shapes(self._config)
-        return Matrix(
-            name,
-            (sum(shapes[part][0] for part in parts), shapes[parts[0]][1]),
-            lambda: np.concatenate([self._weights(part) for part in parts]),
-            normalized=not name.endswith((".o", ".down")),
-        )
+    def _matrix(self, name: str, parts: Sequence[str]) -> Matrix:
+        return matrix(self._config, self._weights, name, parts)
 
     def _weight(self, name: str, make: Callable[[], NDArray[np.float32]]) -> str:
         (stored,) = self._graph.stored([name], lambda: [make()])
         return stored
 
-    def _rope(self, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float32]:
-        """[context, head_size / 2]"""
-        config = self._config
-        frequencies = config.rope_base ** (-np.arange(0, config.head_size, 2) / config.head_size)
-        return function(np.outer(np.arange(config.context_length), frequencies)).astype(np.float32)
+    def _rope(self, frequencies: tuple[float, ...]) -> Sequence[str]:
+        """The tables of a rotary embedding, stored once for all layers that share it."""
+        first = next(i for i, layer in enumerate(self._config.layers) if layer.rope_frequencies == frequencies)
+        names = [f"{first}.rope_cos", f"{first}.rope_sin"]
+        return self._graph.stored(names, lambda: rope_tables(frequencies, self._config.context_length))
 
     def _signature(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
         config = self._config

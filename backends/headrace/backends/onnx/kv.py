@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import math
 import mmap
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from headrace.backends.onnx.bundle import Manifest
 
 # Python names it from 3.13 on; Linux has used this number on every common architecture.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
+_KEY_BLOCK = 16
+"""The compiled operators keep the keys of so many positions together."""
+
 _TOUCH_TOKENS = 128
 """Pages are made ready in steps of about this many tokens, ahead of use: a page fault inside a step costs up to ten
 times the attention it serves."""
 
 
-def kv_bytes_per_token(manifest: Manifest) -> int:
+def kv_bytes_per_token(manifest: Manifest, dtype: DTypeLike) -> int:
     """Memory for the keys and values of one token, over all layers."""
-    return manifest.num_layers * 2 * manifest.num_kv_heads * manifest.head_size * 4
+    return manifest.num_layers * 2 * manifest.num_kv_heads * manifest.head_size * np.dtype(dtype).itemsize
 
 
 class KvMemory:
-    """Keys and values, float32, contiguous per slot, physical only where used.
+    """Keys and values, contiguous per slot, physical only where used.
 
     One anonymous mapping is laid out as [layer, key or value, slot, kv head, position, head size] with room for
     ``capacity`` positions in every slot. The operating system gives it pages as they are touched, so a long sequence
@@ -35,25 +39,39 @@ class KvMemory:
     """
 
     def __init__(
-        self, *, num_layers: int, num_slots: int, num_kv_heads: int, capacity: int, head_size: int, num_tokens: int
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_size: int,
+        num_tokens: int,
+        dtype: DTypeLike,
     ) -> None:
+        token_bytes = head_size * np.dtype(dtype).itemsize
         # Only whole pages can be given back: so many tokens of a head fill some.
-        per_pages = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, head_size * 4)
+        per_pages = math.lcm(mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, token_bytes), _KEY_BLOCK)
         self._touch_tokens = _round_up(_TOUCH_TOKENS, per_pages)
         self.capacity = _round_up(capacity, per_pages)
         self.num_tokens = num_tokens
-        size = num_slots * self.capacity * num_layers * 2 * num_kv_heads * head_size * 4
+        size = num_slots * self.capacity * num_layers * 2 * num_kv_heads * token_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size, flags=flags)
         # A huge page would make 2 MiB of every head's range physical at the first token.
         self._map.madvise(mmap.MADV_NOHUGEPAGE)
         shape = (num_layers, 2, num_slots, num_kv_heads, self.capacity, head_size)
-        self._cells: NDArray[np.float32] = np.frombuffer(self._map, np.float32).reshape(shape)
+        self._cells: NDArray[Any] = np.frombuffer(self._map, dtype).reshape(shape)
         self._reserved = [0] * num_slots
         self._resident = [0] * num_slots
         """Per slot, the tokens whose pages are physical."""
 
-    def address(self, layer: int, part: int, slot: int) -> int:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[layers, 2, slots, kv heads, capacity, head size]"""
+        return self._cells.shape
+
+    def address(self, layer: int = 0, part: int = 0, slot: int = 0) -> int:
         """Where the cells of a slot begin; ``part`` is 0 for keys, 1 for values. Slots follow one another."""
         address: int = self._cells[layer, part, slot].ctypes.data
         return address
@@ -90,7 +108,7 @@ class KvMemory:
         surplus = self._resident[slot] - keep
         if surplus <= 0:
             return 0
-        head_bytes = self._cells.shape[-1] * 4
+        head_bytes = self._cells.shape[-1] * self._cells.itemsize
         base = self._cells.ctypes.data
         for layer in self._cells[:, :, slot].reshape(-1, *self._cells.shape[3:]):
             for head in layer:

@@ -1,9 +1,11 @@
-"""The built-in backend ``onnx``: model bundles on ONNX Runtime's CPU provider, int8 or float32."""
+"""The built-in backend ``onnx``: model bundles on ONNX Runtime's CPU provider."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
@@ -28,6 +30,9 @@ class OnnxOptions(BaseModel):
     spinning: bool = True
     """Whether threads wait for the next operator actively: a fifth faster at one stream, also beside a client on the
     same processors; turn it off where several models run at once on few."""
+    compiled_operators: bool = True
+    """Whether to use the operators of the package headrace-kernels, where it is installed, the processor has AVX2 and
+    the bundle's quantization is made of blocks."""
 
 
 class OnnxBackend:
@@ -46,7 +51,6 @@ class OnnxBackend:
 
     def load(self, name: str) -> StepModel:
         # onnxruntime is loaded with the first model: listing bundles does not need it.
-        from headrace.backends.onnx.kv import kv_bytes_per_token
         from headrace.backends.onnx.model import OnnxModel
         from headrace.backends.tokenizer import HuggingFaceTokenizer
 
@@ -64,9 +68,20 @@ class OnnxBackend:
             tokenizer,
             threads=options.threads,
             num_slots=options.max_running,
-            num_kv_tokens=int(options.kv_cache) // kv_bytes_per_token(manifest),
+            num_kv_bytes=int(options.kv_cache),
             spinning=options.spinning,
+            operators=compiled_operators() if options.compiled_operators else None,
         )
+
+
+def compiled_operators() -> Path | None:
+    """The library of headrace-kernels, if that is installed and made for this processor."""
+    try:
+        kernels = importlib.import_module("headrace_kernels")
+    except ImportError:
+        return None
+    library: Path | None = kernels.library()
+    return library
 
 
 @hookimpl

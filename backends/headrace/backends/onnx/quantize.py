@@ -21,7 +21,8 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
     """Quantises ``weight`` [N, K] in blocks of ``block_size`` along K, the last one padded with zeros.
 
     Returns the values [N, ceil(K / block_size), block_size] and the scales [N, ceil(K / block_size)]: a weight is
-    (value - ZERO_POINT) x scale, and off by at most half a scale.
+    (value - ZERO_POINT) x scale, and off by at most half a scale. Scales are what float16 holds exactly, so that the
+    compiled operators may keep them so.
     """
     num_rows, width = weight.shape
     num_blocks = -(-width // block_size)
@@ -32,9 +33,10 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
         padded = np.pad(weight[rows], ((0, 0), (0, num_blocks * block_size - width)))
         blocks = padded.reshape(-1, num_blocks, block_size)
         largest = np.abs(blocks).max(axis=-1)
+        rounded = (largest / np.float32(127)).astype(np.float16).astype(np.float32)
         # A block of zeros needs a scale that is not zero; any will do.
-        scales[rows] = np.where(largest > 0, largest / np.float32(127), np.float32(1))
-        quotient = blocks / scales[rows, :, None]
+        scales[rows] = np.where(rounded > 0, rounded, np.float32(1))
+        quotient = np.clip(blocks / scales[rows, :, None], -127, 127)
         values[rows] = np.rint(quotient).astype(np.int16) + ZERO_POINT
     return values, scales
 

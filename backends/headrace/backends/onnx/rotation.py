@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.backends.onnx.bundle import ModelFileError
 from headrace.backends.onnx.graph import DecoderConfig, Weights
 
 _NORMS = {"q": "attention_norm", "k": "attention_norm", "v": "attention_norm", "gate": "ffn_norm", "up": "ffn_norm"}
@@ -20,7 +21,13 @@ _NORMS = {"q": "attention_norm", "k": "attention_norm", "v": "attention_norm", "
 
 
 def rotated(config: DecoderConfig, weights: Weights) -> tuple[DecoderConfig, Weights]:
-    """The same decoder with its residual stream turned. The head is no longer the embedding."""
+    """The same decoder with its residual stream turned. The head is no longer the embedding.
+
+    Raises ModelFileError for decoders that normalise what a layer adds to the stream: the scales of those norms have no
+    matrix behind them to move into.
+    """
+    if config.post_norms:
+        raise ModelFileError("w8a8 cannot be had for models with norms behind their layers, such as Gemma 3; take int8")
     rotation = randomized_hartley(config.hidden_size)
 
     def turned(reader: NDArray[np.float32], norm: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -37,8 +44,10 @@ def rotated(config: DecoderConfig, weights: Weights) -> tuple[DecoderConfig, Wei
                 return turned(weights("embedding" if config.tied_embeddings else "head"), weights("final_norm"))
             case "o" | "down":
                 return rotation.T @ weights(name)
-            case _:  # a norm
+            case "attention_norm" | "ffn_norm" | "final_norm":
                 return np.ones_like(weights(name))
+            case _:  # of queries, keys and values, which are not turned
+                return weights(name)
 
     return replace(config, tied_embeddings=False), read
 

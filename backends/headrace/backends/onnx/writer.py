@@ -14,8 +14,11 @@ from onnx import TensorProto, helper
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
+HEADRACE = "headrace"
+"""The domain of the operators in the package ``headrace-kernels``."""
+
 _PAGE_BYTES = 4096
-_OPSETS = (("", 21), (MICROSOFT, 1))
+_OPSETS = {"": 21, MICROSOFT: 1, HEADRACE: 1}
 _IR_VERSION = 10
 
 
@@ -104,7 +107,8 @@ class GraphBuilder:
         used = {name for node in self._nodes for name in node.input}
         initializers = [tensor for name, tensor in self._initializers.items() if name in used]
         graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, initializers)
-        opsets = [helper.make_opsetid(*opset) for opset in _OPSETS]
+        domains = {"", *(node.domain for node in self._nodes)}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS.items() if domain in domains]
         model: onnx.ModelProto = helper.make_model(
             graph, ir_version=_IR_VERSION, opset_imports=opsets, producer_name="headrace"
         )

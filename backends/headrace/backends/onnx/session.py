@@ -1,0 +1,46 @@
+"""What runs a bundle's graph: on ONNX Runtime's own operators (``stock_session``) or on compiled ones
+(``fused_session``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from headrace.backends.api import Row
+from headrace.backends.errors import BackendError
+
+
+class Session(Protocol):
+    """A loaded graph and the way to feed it. The memory of its keys and values is given to it, and outlives it."""
+
+    def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> None:
+        """Computes rows whose cells are ready, and writes the logits of those that want them to ``logits``
+        [wanted, V], in the order of ``rows``. Raises BackendError.
+        """
+
+
+def open_session(graph: Path, *, threads: int, spinning: bool, operators: Path | None = None) -> ort.InferenceSession:
+    """Loads a graph; ``operators`` is a library of operators that it uses."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    if operators is not None:
+        options.register_custom_ops_library(str(operators))
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, logits: NDArray[np.float32]) -> None:
+    """Runs a graph whose inputs are bound, writing its output to ``logits``. Raises BackendError."""
+    binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        raise BackendError("the model's graph failed to run") from error

@@ -1,0 +1,69 @@
+#include "kernel.h"
+
+#include <pthread.h>
+
+OrtStatus *invalid(const OrtApi *ort, const char *message) { return ort->CreateStatus(ORT_INVALID_ARGUMENT, message); }
+
+static OrtStatus *describe(const OrtApi *ort, const OrtValue *value, tensor *out) {
+  OrtShape *shape;
+  CHECK(ort->GetTensorTypeAndShape(value, &shape));
+  OrtStatus *status = ort->GetDimensionsCount(shape, &out->num_dims);
+  if (!status && out->num_dims > MAX_DIMENSIONS) status = invalid(ort, "too many dimensions");
+  if (!status) status = ort->GetDimensions(shape, out->dims, out->num_dims);
+  ort->ReleaseTensorTypeAndShapeInfo(shape);
+  if (status) return status;
+  return ort->GetTensorMutableData((OrtValue *)value, &out->data);
+}
+
+OrtStatus *read_input(const OrtApi *ort, const OrtKernelContext *context, size_t index, tensor *out) {
+  const OrtValue *value = NULL;
+  *out = (tensor){0};
+  CHECK(ort->KernelContext_GetInput(context, index, &value));
+  return value ? describe(ort, value, out) : NULL;
+}
+
+OrtStatus *read_constant(const OrtApi *ort, const OrtKernelInfo *info, size_t index, tensor *out) {
+  const OrtValue *value = NULL;
+  int is_constant = 0;
+  *out = (tensor){0};
+  CHECK(ort->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+  return is_constant && value ? describe(ort, value, out) : NULL;
+}
+
+OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t rows, int64_t columns, float **out) {
+  const int64_t dims[2] = {rows, columns};
+  OrtValue *value;
+  CHECK(ort->KernelContext_GetOutput(context, 0, dims, 2, &value));
+  return ort->GetTensorMutableData(value, (void **)out);
+}
+
+/* --- registration ------------------------------------------------------------------------------------------------- */
+
+static OrtCustomOpDomain *domain; /* lives as long as the process: sessions keep pointing to it */
+static pthread_mutex_t domain_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static OrtStatus *make_domain(const OrtApi *ort) {
+  if (domain) return NULL;
+  OrtCustomOpDomain *made;
+  CHECK(ort->CreateCustomOpDomain("headrace", &made));
+  CHECK(ort->CustomOpDomain_Add(made, &linear_op));
+  CHECK(ort->CustomOpDomain_Add(made, &attention_op));
+  domain = made;
+  return NULL;
+}
+
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
+                                                                     const OrtApiBase *base) {
+  const OrtApi *ort = base->GetApi(ORT_API_VERSION);
+  pthread_mutex_lock(&domain_lock);
+  OrtStatus *status = make_domain(ort);
+  if (!status) status = ort->AddCustomOpDomain(options, domain);
+  pthread_mutex_unlock(&domain_lock);
+  return status;
+}
+
+/* Whether this processor has what the operators are compiled for. */
+__attribute__((visibility("default"))) int headrace_kernels_supported(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}

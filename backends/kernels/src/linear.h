@@ -1,0 +1,62 @@
+/* Products of rows of floats with a quantised matrix.
+ *
+ * Weights are integers of 8 or 4 bits in blocks along the inputs, each block with a scale and, perhaps, a minimum:
+ * weight = scale x integer + minimum. A row of activations becomes integers of 16 bits with one scale, which loses
+ * nothing that shows; a product of integers is exact, so a row's result has the same bits whatever rows are computed
+ * beside it, and however work is divided.
+ *
+ * 16 bits cost nothing here: without VNNI, multiplying bytes takes two multiplications (one in pairs, one that widens
+ * the sums), multiplying 16-bit integers one for half as many. */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define TILE 16 /* outputs that are computed together */
+
+typedef struct {
+  size_t outputs, inputs; /* inputs: padded to whole blocks */
+  size_t block_size;      /* inputs; a multiple of 4, at most 256 */
+  size_t num_blocks;
+  size_t num_tiles;
+  int bits; /* 8 or 4 */
+  bool has_minima;
+  bool half_scales;
+  /* For each tile, pairs of inputs one after another, each with its 16 outputs: int8 [inputs / 2][TILE][2]. With 4 bits
+   * unsigned and two pairs a byte, the first in the lower half: [inputs / 4][TILE][2]. */
+  uint8_t *values;
+  /* [num_tiles][num_blocks][TILE], of float, or of halves where they hold every one exactly. */
+  void *scales, *minima;
+} linear_weights;
+
+typedef enum { GATE_NONE, GATE_SILU, GATE_GELU_TANH } linear_gate;
+
+/* Rows of activations, quantised. They are computed in groups of nearly equal size; within a group lie the first two
+ * inputs of each row, then the next two, and so on. */
+typedef struct {
+  size_t count;
+  int16_t *values; /* count x inputs */
+  float *scales;   /* [count] */
+  float *sums;     /* [count][num_blocks]: of each block's values */
+} linear_rows;
+
+/* Packs a matrix [outputs, width] whose integers lie as com.microsoft.MatMulNBits has them: values
+ * [outputs, num_blocks, block_size x bits / 8], the zero being 2^(bits - 1); scales and, if not NULL, minima
+ * [outputs, num_blocks]. With minima the integers count from 0. Returns false if memory runs out. */
+bool linear_pack(linear_weights *weights, const uint8_t *values, const float *scales, const float *minima, size_t outputs,
+                 size_t num_blocks, size_t block_size, int bits);
+void linear_release(linear_weights *weights);
+
+/* Quantises rows first .. last of x [count, width], after an RMS norm if `norm` [width] is not NULL. */
+void linear_quantize(const linear_weights *weights, const float *x, size_t width, const float *norm, float epsilon,
+                     linear_rows *rows, size_t first, size_t last);
+
+/* How many pieces the outputs divide into: tiles, or pairs of them. With a gate the first half of the outputs are
+ * gates, the second what they gate. */
+size_t linear_num_pieces(const linear_weights *weights, linear_gate gate);
+
+/* Computes pieces first .. last of out [count, outputs], or [count, outputs / 2] with a gate, adding residual (shaped as
+ * out) and, without a gate, bias [outputs] where not NULL. */
+void linear_multiply(const linear_weights *weights, const linear_rows *rows, linear_gate gate, const float *bias,
+                     const float *residual, float *out, size_t first, size_t last);

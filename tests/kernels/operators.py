@@ -1,0 +1,62 @@
+"""Runs one compiled operator on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from headrace.backends.onnx.plugin import compiled_operators
+
+OPERATORS = compiled_operators()
+needs_operators = pytest.mark.skipif(
+    OPERATORS is None, reason="headrace-kernels is not installed, or this processor lacks AVX2"
+)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Operator:
+    """A graph of one node. ``fed`` and ``constants`` name its inputs, in the order of ``inputs``; an input that is in
+    neither is absent.
+    """
+
+    def __init__(
+        self, op: str, inputs: list[str], fed: Arrays, constants: Arrays, *, threads: int = 2, **attributes: Any
+    ) -> None:
+        names = [name if name in fed or name in constants else "" for name in inputs]
+        while not names[-1]:
+            names.pop()
+        node = helper.make_node(op, names, ["out"], domain="headrace", **attributes)
+        values = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
+            for name, array in fed.items()
+        ]
+        out = helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [None, None])
+        weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("headrace", 1)]
+        model = helper.make_model(
+            helper.make_graph([node], "one", values, [out], weights), opset_imports=opsets, ir_version=10
+        )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(OPERATORS))
+        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, **fed: NDArray[Any]) -> NDArray[np.float32]:
+        binding = self._session.io_binding()
+        for name, array in fed.items():
+            assert array.flags.c_contiguous
+            # By pointer: an operator may write to what it is fed.
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        binding.bind_output("out", "cpu")
+        self._session.run_with_iobinding(binding)
+        (out,) = binding.copy_outputs_to_cpu()
+        return out

@@ -1,0 +1,174 @@
+"""``headrace.Attention`` against numpy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.kernels.operators import Operator, needs_operators
+
+pytestmark = needs_operators
+
+INPUTS = ["qkv", "cache", "slots", "positions", "cosines", "sines", "q_norm", "k_norm"]
+CAPACITY, SLOTS = 256, 5
+EPSILON = 1e-6
+
+
+class Layer:
+    """An attention of random tables and norms, its cache, and the same in numpy."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, size: int, *, window: int = 0, rope: bool = True, norms: bool = False
+    ) -> None:
+        dice = np.random.default_rng(heads * size)
+        self.heads, self.kv_heads, self.size, self.window = heads, kv_heads, size, window
+        self.scale = 1 / math.sqrt(size)
+        self.cache = np.full((2, 2, SLOTS, kv_heads, CAPACITY, size), 7, np.float16)
+        angles = np.outer(np.arange(CAPACITY), 100.0 ** (-np.arange(size // 2) / (size // 2)))
+        self.constants: dict[str, NDArray[Any]] = {}
+        if rope:
+            self.constants |= {"cosines": np.cos(angles).astype(np.float32), "sines": np.sin(angles).astype(np.float32)}
+        if norms:
+            self.constants |= {name: dice.normal(size=size).astype(np.float32) for name in ("q_norm", "k_norm")}
+        fed = {
+            "qkv": np.zeros((1, 1), np.float32),
+            "cache": self.cache,
+            "slots": np.zeros(1, np.int32),
+            "positions": np.zeros(1, np.int32),
+        }
+        self._operator = Operator(
+            "Attention",
+            INPUTS,
+            fed,
+            self.constants,
+            layer=1,
+            num_heads=heads,
+            scale=self.scale,
+            window=window,
+            epsilon=EPSILON,
+        )
+
+    def sequence(self, length: int, seed: int) -> NDArray[np.float32]:
+        width = (self.heads + 2 * self.kv_heads) * self.size
+        return np.random.default_rng(seed).normal(size=(length, width)).astype(np.float32)
+
+    def run(self, *pieces: tuple[int, int, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Runs pieces of sequences at once: slot, first position, tokens. What each gives."""
+        out = self._operator(
+            qkv=np.concatenate([tokens for _, _, tokens in pieces]),
+            cache=self.cache,
+            slots=np.concatenate([np.full(len(tokens), slot, np.int32) for slot, _, tokens in pieces]),
+            positions=np.concatenate([start + np.arange(len(tokens), dtype=np.int32) for _, start, tokens in pieces]),
+        )
+        return np.split(out, np.cumsum([len(tokens) for _, _, tokens in pieces])[:-1])
+
+    def reference(self, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The whole sequence at once, in float64."""
+        length, size = len(tokens), self.size
+        q, k, v = np.split(tokens.astype(np.float64), [self.heads * size, (self.heads + self.kv_heads) * size], axis=1)
+        q, k = (self._turned(x.reshape(length, -1, size), name) for x, name in ((q, "q_norm"), (k, "k_norm")))
+        v = v.reshape(length, -1, size)
+        sharing = self.heads // self.kv_heads
+        scores = np.einsum("qhd,khd->hqk", q, np.repeat(k, sharing, axis=1)) * self.scale
+        ages = np.arange(length)[:, None] - np.arange(length)
+        seen = (ages >= 0) & (ages < (self.window or length))
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.einsum("hqk,khd->qhd", weights, np.repeat(v, sharing, axis=1)).reshape(length, -1)
+
+    def _turned(self, x: NDArray[np.float64], norm: str) -> NDArray[np.float64]:
+        if norm in self.constants:
+            x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + EPSILON) * self.constants[norm]
+        if "cosines" not in self.constants:
+            return x
+        cosines, sines = (self.constants[name][: len(x), None] for name in ("cosines", "sines"))
+        low, high = np.split(x, 2, axis=-1)
+        return np.concatenate([low * cosines - high * sines, high * cosines + low * sines], axis=-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": 9, "kv_heads": 3, "size": 64},
+        {"heads": 4, "kv_heads": 4, "size": 32},
+        {"heads": 4, "kv_heads": 1, "size": 256, "norms": True},
+        {"heads": 4, "kv_heads": 2, "size": 16, "window": 20},
+        {"heads": 2, "kv_heads": 1, "size": 128, "window": 64, "rope": False},
+        {"heads": 30, "kv_heads": 2, "size": 48},
+    ],
+    ids=str,
+)
+def test_attention_is_that_of_the_formula(options: dict[str, Any]) -> None:
+    layer = Layer(**options)
+    tokens = layer.sequence(150, seed=1)
+    (out,) = layer.run((2, 0, tokens))
+    # Keys and values are kept with 11 bits.
+    assert np.abs(out - layer.reference(tokens)).max() < 4e-3
+
+
+@pytest.mark.parametrize("window", [0, 33], ids=["all", "a window"])
+def test_bits_do_not_depend_on_how_a_sequence_is_cut_or_what_runs_beside_it(window: int) -> None:
+    layer = Layer(9, 3, 64, window=window)
+    tokens = layer.sequence(200, seed=2)
+    (whole,) = layer.run((0, 0, tokens))
+    dice = np.random.default_rng(3)
+    for slot in range(1, SLOTS):
+        position, found = 0, []
+        while position < len(tokens):
+            count = min(int(dice.choice([1, 1, 2, 15, 16, 17, 63, 64])), len(tokens) - position)
+            neighbours = [
+                (other, 0, layer.sequence(int(dice.integers(1, 70)), seed=other))
+                for other in range(SLOTS)
+                if other != slot and dice.random() < 0.5
+            ]
+            place = int(dice.integers(0, len(neighbours) + 1))
+            pieces = [*neighbours[:place], (slot, position, tokens[position : position + count]), *neighbours[place:]]
+            found.append(layer.run(*pieces)[place])
+            position += count
+        assert np.concatenate(found).tobytes() == whole.tobytes()
+
+
+def test_only_the_layers_own_cells_of_the_slots_that_run_are_written() -> None:
+    layer = Layer(4, 2, 32)
+    layer.run((3, 0, layer.sequence(40, seed=1)))
+    assert (layer.cache[0] == 7).all()
+    assert (layer.cache[1][:, [0, 1, 2, 4]] == 7).all()
+    assert (layer.cache[1, 1, 3, :, :40] != 7).all()
+    assert (layer.cache[1, :, 3, :, 48:] == 7).all()
+
+
+def test_what_lies_beyond_a_sequence_does_not_show() -> None:
+    layer = Layer(4, 2, 32)
+    tokens = layer.sequence(20, seed=1)
+    (before,) = layer.run((1, 0, tokens))
+    layer.run((1, 20, layer.sequence(100, seed=2) * 100))
+    (after,) = layer.run((1, 0, tokens))
+    assert after.tobytes() == before.tobytes()
+
+
+def test_values_beyond_halves_are_cut_off_and_leave_no_infinity() -> None:
+    layer = Layer(2, 1, 16, rope=False)
+    tokens = layer.sequence(5, seed=1)
+    tokens[2] *= 1e6
+    (out,) = layer.run((0, 0, tokens))
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    ("slot", "position"), [(-1, 0), (SLOTS, 0), (0, -1), (0, CAPACITY)], ids=["slot", "slot", "position", "position"]
+)
+def test_a_place_outside_the_cache_is_refused(slot: int, position: int) -> None:
+    layer = Layer(2, 1, 16)
+    with pytest.raises(Exception, match="out of the cache"):
+        layer.run((slot, position, layer.sequence(1, seed=1)))
+
+
+def test_positions_with_a_gap_are_refused() -> None:
+    layer = Layer(2, 1, 16)
+    with pytest.raises(Exception, match="must ascend by 1"):
+        layer.run((0, 0, layer.sequence(1, seed=1)), (0, 2, layer.sequence(1, seed=1)))
