@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,15 +12,24 @@ from headrace.backends.paths import default_models_dir
 from headrace.cli.errors import CliError
 from headrace.cli.lazy import needs_extras
 from headrace.cli.output import short_count, write_note
+from headrace.cli.progress import show_progress
 
-Quantization = Literal["int8", "w8a8", "fp32"]
+Quantization = Literal["int8", "int4", "w8a8", "fp32"]
 
 
 @click.command(short_help="Build a model that a server can serve.")
 @click.argument("model", required=False, metavar="[NAME]")
 @click.option("--gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Build from this GGUF file.")
+@click.option(
+    "--safetensors",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Build from this Hugging Face model folder: config.json, *.safetensors, tokenizer.json.",
+)
 @click.option("--name", "as_name", metavar="NAME", help="What to call the model; by default its name in the catalogue.")
-@click.option("--license", "license_id", metavar="SPDX", help="With --gguf: the licence of its weights.")
+@click.option(
+    "--license", "license_id", metavar="SPDX", help="With --gguf or --safetensors: the licence of the weights."
+)
 @click.option(
     "--quantization",
     type=click.Choice(get_args(Quantization)),
@@ -42,31 +48,40 @@ Quantization = Literal["int8", "w8a8", "fp32"]
 def build(
     model: str | None,
     gguf: Path | None,
+    safetensors: Path | None,
     as_name: str | None,
     license_id: str | None,
     quantization: Quantization,
     models_dir: Path | None,
     if_missing: bool,
 ) -> None:
-    """Build a model that `headrace serve` can serve: one of the catalogue by NAME, or your own GGUF file.
+    """Build a model that `headrace serve` can serve: one of the catalogue by NAME, or your own GGUF file or Hugging
+    Face folder.
 
     \b
     headrace models build smollm2-135m
     headrace models build --gguf model.gguf --name my-model
+    headrace models build --safetensors folder/ --name my-model
     """  # noqa: D301  # click's mark for lines that stay as they are
     folder = models_dir or default_models_dir()
-    if gguf is None:
+    own = gguf or safetensors
+    if own is None:
         if model is None:
-            raise click.UsageError("name a model, such as smollm2-135m, or give a file with --gguf")
+            raise click.UsageError("name a model, such as smollm2-135m, or give one with --gguf or --safetensors")
         if license_id is not None:
-            raise click.UsageError("--license belongs to --gguf; a model of the catalogue has its own")
+            raise click.UsageError(
+                "--license belongs to --gguf and --safetensors; a model of the catalogue has its own"
+            )
         _build(_Catalogue(as_name or model, model), folder, quantization, if_missing=if_missing)
-    else:
-        if model is not None:
-            raise click.UsageError("give NAME or --gguf, not both; --name says what to call a file's model")
-        if as_name is None:
-            raise click.UsageError("--gguf needs --name, to ask for the model by")
-        _build(_File(as_name, gguf, license_id), folder, quantization, if_missing=if_missing)
+        return
+    if gguf is not None and safetensors is not None:
+        raise click.UsageError("give --gguf or --safetensors, not both")
+    option = "--gguf" if safetensors is None else "--safetensors"
+    if model is not None:
+        raise click.UsageError(f"give NAME or {option}, not both; --name says what to call your own model")
+    if as_name is None:
+        raise click.UsageError(f"{option} needs --name, to ask for the model by")
+    _build(_Own(as_name, own, license_id), folder, quantization, if_missing=if_missing)
 
 
 def build_if_missing(name: str, *, models_dir: Path) -> None:
@@ -81,13 +96,13 @@ class _Catalogue:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class _Own:
     name: str
     path: Path
     license_id: str | None
 
 
-def _build(source: _Catalogue | _File, models_dir: Path, quantization: Quantization, *, if_missing: bool) -> None:
+def _build(source: _Catalogue | _Own, models_dir: Path, quantization: Quantization, *, if_missing: bool) -> None:
     with needs_extras("headrace models build", ("serve", "build")):
         from headrace.backends.onnx.build import build_bundle, build_from_catalog
         from headrace.backends.onnx.bundle import ModelFileError
@@ -96,7 +111,7 @@ def _build(source: _Catalogue | _File, models_dir: Path, quantization: Quantizat
         write_note(f"{source.name} is in {models_dir}")
         return
     try:
-        with _progress() as progress:
+        with show_progress() as progress:
             if isinstance(source, _Catalogue):
                 manifest = build_from_catalog(
                     source.entry,
@@ -118,7 +133,7 @@ def _build(source: _Catalogue | _File, models_dir: Path, quantization: Quantizat
         raise CliError(str(error)) from error
     click.echo(
         f"Built {manifest.name}: {short_count(manifest.parameter_count)} parameters, {manifest.quantization} weights, "
-        f"in {models_dir / manifest.name}"
+        f"licence {manifest.license or 'unknown'}, in {models_dir / manifest.name}"
     )
 
 
@@ -130,35 +145,3 @@ def _is_built(folder: Path) -> bool:
     except ModelFileError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """Shows what is being done: a bar at a terminal, a line for each thing elsewhere."""
-    if not sys.stderr.isatty():
-        yield _each_once()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda what, done: bar.update(task, description=what, completed=done)
-
-
-def _each_once() -> Callable[[str, float], None]:
-    said: set[str] = set()
-
-    def say(what: str, _done: float) -> None:
-        if what not in said:
-            said.add(what)
-            click.echo(what, err=True)
-
-    return say

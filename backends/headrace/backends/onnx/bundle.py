@@ -47,7 +47,7 @@ _REQUIRED_FILES = frozenset({GRAPH, TOP, WEIGHTS, TOKENIZER})
 _OPTIONAL_FILES = frozenset({CHAT_TEMPLATE, FUSED})
 _MAX_MANIFEST_BYTES = 1 << 20
 
-Quantization = Literal["int8", "w8a8", "fp32"]
+Quantization = Literal["int8", "int4", "w8a8", "fp32"]
 """How weights are stored and multiplied: ``formulations.FORMULATIONS``."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -13,12 +13,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backends.onnx.quantize import ZERO_POINT, quantize_blocks, quantize_channels
+from headrace.backends.onnx.quantize import ZERO_POINT, quantize_blocks, quantize_channels, quantize_minima
 from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder
 
 BLOCK_SIZE = 64
-"""Of int8 weights, along the inputs. 32 loses less; with AVX-512 VNNI it is slower, and there 128 makes a row's bits
-depend on the rows beside it."""
+"""Of ``Int8``'s weights, along the inputs. 32 loses less; with AVX-512 VNNI it is slower, and there 128 makes a row's
+bits depend on the rows beside it."""
+
+_SMALL_BLOCK_SIZE = 32
+"""Of ``Int4``'s weights: that of most files of 4 bits."""
 
 _NORMALIZED_LARGEST = 4.2
 """Where rotated rows of unit root mean square are clipped. They are all but normally distributed, so that one value in
@@ -93,25 +96,72 @@ class Int8:
     rotated = False
 
     def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
+        return _linear8(graph, x, matrix, output, BLOCK_SIZE)
+
+    def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
+        return _embedding(graph, ids, matrix, output, BLOCK_SIZE)
+
+    def blocks(self, graph: GraphBuilder, matrix: Matrix) -> Blocks:
+        values, scales = _stored_blocks(graph, matrix, BLOCK_SIZE)
+        return Blocks(8, values, scales, "")
+
+
+class Int4:
+    """int4 weights in blocks with minima, but for embeddings and head, which are int8.
+
+    What comes from a file of such blocks stays what it was.
+    """
+
+    rotated = False
+
+    def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
+        if matrix.name in _TABLES:
+            return _linear8(graph, x, matrix, output, _SMALL_BLOCK_SIZE)
         outputs, inputs = matrix.shape
-        return graph.node(
+        values, scales, minima = self._stored(graph, matrix)
+        # MatMulNBits takes 8 for zero. What that leaves out of a block is one number times the sum of its inputs.
+        product = graph.node(
             "MatMulNBits",
-            [x, *_stored_blocks(graph, matrix)],
-            output,
+            [x, values, scales],
+            f"{output}.symmetric",
             domain=MICROSOFT,
             K=inputs,
             N=outputs,
-            bits=8,
-            block_size=BLOCK_SIZE,
-            accuracy_level=4,  # the one with int8 activations
+            bits=4,
+            block_size=_SMALL_BLOCK_SIZE,
+            accuracy_level=4,
         )
+        eight = graph.scalar("eight", np.float32(8))
+        offsets = graph.node("Mul", [scales, eight], f"{matrix.name}.offsets")
+        left_out = graph.node("Add", [minima, offsets], f"{matrix.name}.left_out")
+        sums = self._block_sums(graph, x, inputs, f"{matrix.name}.inputs")
+        return graph.node("Gemm", [sums, left_out, product], output, transB=1)
 
     def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
-        return _embedding(graph, ids, matrix, output)
+        return _embedding(graph, ids, matrix, output, _SMALL_BLOCK_SIZE)
 
     def blocks(self, graph: GraphBuilder, matrix: Matrix) -> Blocks:
-        values, scales = _stored_blocks(graph, matrix)
-        return Blocks(8, values, scales, "")
+        if matrix.name in _TABLES:
+            values, scales = _stored_blocks(graph, matrix, _SMALL_BLOCK_SIZE)
+            return Blocks(8, values, scales, "")
+        return Blocks(4, *self._stored(graph, matrix))
+
+    @staticmethod
+    def _block_sums(graph: GraphBuilder, x: str, width: int, name: str) -> str:
+        """[T, blocks]"""
+        if missing := -width % _SMALL_BLOCK_SIZE:
+            x = graph.node("Pad", [x, graph.integers(f"pad_{missing}", [0, 0, 0, missing])], f"{name}.padded")
+        shape = graph.integers("block_shape", [0, -1, _SMALL_BLOCK_SIZE])
+        blocks = graph.node("Reshape", [x, shape], f"{name}.blocks")
+        return graph.node("ReduceSum", [blocks, graph.integers("last_axis", [-1])], f"{name}.sums", keepdims=0)
+
+    @staticmethod
+    def _stored(graph: GraphBuilder, matrix: Matrix) -> tuple[str, str, str]:
+        values, scales, minima = graph.stored(
+            [f"{matrix.name}.{part}" for part in ("values", "scales", "minima")],
+            lambda: quantize_minima(matrix.read(), _SMALL_BLOCK_SIZE),
+        )
+        return values, scales, minima
 
 
 class ChannelInt8:
@@ -140,7 +190,7 @@ class ChannelInt8:
         return graph.node("Mul", [product, largest], output)
 
     def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
-        return _embedding(graph, ids, matrix, output)
+        return _embedding(graph, ids, matrix, output, BLOCK_SIZE)
 
     @staticmethod
     def _product(graph: GraphBuilder, x: str, largest: float, name: str, weights: Sequence[str], output: str) -> str:
@@ -155,18 +205,37 @@ class ChannelInt8:
         )
 
 
-def _stored_blocks(graph: GraphBuilder, matrix: Matrix) -> Sequence[str]:
+_TABLES = frozenset({"embedding", "head"})
+
+
+def _stored_blocks(graph: GraphBuilder, matrix: Matrix, block_size: int) -> Sequence[str]:
     """A matrix in int8 blocks: its values and its scales."""
     return graph.stored(
-        [f"{matrix.name}.values", f"{matrix.name}.scales"], lambda: quantize_blocks(matrix.read(), BLOCK_SIZE)
+        [f"{matrix.name}.values", f"{matrix.name}.scales"], lambda: quantize_blocks(matrix.read(), block_size)
     )
 
 
-def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
+def _linear8(graph: GraphBuilder, x: str, matrix: Matrix, output: str, block_size: int) -> str:
+    """``Formulation.linear`` with a matrix in int8 blocks."""
+    outputs, inputs = matrix.shape
+    return graph.node(
+        "MatMulNBits",
+        [x, *_stored_blocks(graph, matrix, block_size)],
+        output,
+        domain=MICROSOFT,
+        K=inputs,
+        N=outputs,
+        bits=8,
+        block_size=block_size,
+        accuracy_level=4,  # the one with int8 activations
+    )
+
+
+def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str, block_size: int) -> str:
     """``Formulation.embedding`` of a matrix in int8 blocks."""
-    values, scales = _stored_blocks(graph, matrix)
+    values, scales = _stored_blocks(graph, matrix, block_size)
     rows, width = matrix.shape
-    padded_width = -(-width // BLOCK_SIZE) * BLOCK_SIZE
+    padded_width = -(-width // block_size) * block_size
     # The same bytes: MatMulNBits takes the blocks as a dimension of their own, GatherBlockQuantized does not.
     table = graph.view(f"{matrix.name}.table", values, (rows, padded_width))
     found = graph.node(
@@ -175,7 +244,7 @@ def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> st
         output if padded_width == width else f"{output}.padded",
         domain=MICROSOFT,
         bits=8,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         gather_axis=0,
         quantize_axis=1,
     )
@@ -185,5 +254,5 @@ def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> st
     return graph.node("Slice", [found, start, end, axis], output)
 
 
-FORMULATIONS: dict[str, Formulation] = {"fp32": Float32(), "int8": Int8(), "w8a8": ChannelInt8()}
+FORMULATIONS: dict[str, Formulation] = {"fp32": Float32(), "int8": Int8(), "int4": Int4(), "w8a8": ChannelInt8()}
 """By the manifest's ``quantization``."""

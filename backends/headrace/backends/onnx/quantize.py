@@ -1,5 +1,5 @@
-"""Symmetric int8: in blocks, as ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` read it, and by output
-channel, as ``com.microsoft.MatMulIntegerToFloat`` does.
+"""Weights as integers: int8 in blocks, as ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` read it; int4 in
+blocks with minima; int8 by output channel, as ``com.microsoft.MatMulIntegerToFloat`` reads it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,58 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
         quotient = np.clip(blocks / scales[rows, :, None], -127, 127)
         values[rows] = np.rint(quotient).astype(np.int16) + ZERO_POINT
     return values, scales
+
+
+def quantize_minima(
+    weight: NDArray[np.float32], block_size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Quantises ``weight`` [N, K] to 4 bits in blocks of ``block_size`` along K, the last one padded with zeros.
+
+    Returns values [N, blocks, block_size / 2], two to a byte, the first in its lower half; scales and minima
+    [N, blocks], which float16 holds exactly. A weight is value x scale + minimum.
+
+    A block that already is up to 16 evenly spaced numbers, as weights read from a file of 4 bits are, stays exactly
+    that where float16 holds its spacing and its least number.
+    """
+    num_rows, width = weight.shape
+    num_blocks = -(-width // block_size)
+    values = np.empty((num_rows, num_blocks, block_size // 2), np.uint8)
+    scales = np.empty((num_rows, num_blocks), np.float32)
+    minima = np.empty((num_rows, num_blocks), np.float32)
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        padded = np.pad(weight[rows], ((0, 0), (0, num_blocks * block_size - width)))
+        integers, scales[rows], minima[rows] = _fit_evenly(padded.reshape(-1, num_blocks, block_size))
+        values[rows] = integers[..., ::2] | integers[..., 1::2] << 4
+    return values, scales, minima
+
+
+def _fit_evenly(
+    blocks: NDArray[np.float32],
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """For each block [..., K] integers of 0 to 15, a scale and a minimum [...]: of the spacings that divide its range
+    into 15 to 8 steps, the one that loses least.
+    """
+    flat = blocks.reshape(-1, blocks.shape[-1])
+    least = flat.min(axis=1).astype(np.float16).astype(np.float32)
+    span = flat.max(axis=1) - least
+    integers, scales = np.empty(flat.shape, np.uint8), np.empty(len(flat), np.float32)
+    losses = np.full(len(flat), np.inf, np.float32)
+    exact = np.float32(1e-12) * np.square(span) * flat.shape[1]
+    for num_steps in range(15, 7, -1):
+        (open_blocks,) = np.nonzero(losses > exact)
+        if not len(open_blocks):
+            break
+        block, minimum = flat[open_blocks], least[open_blocks, None]
+        spacing = (span[open_blocks] / np.float32(num_steps)).astype(np.float16).astype(np.float32)
+        spacing = np.where(spacing > 0, spacing, np.float32(1))  # of a block of one number, any will do
+        found = np.clip(np.rint((block - minimum) / spacing[:, None]), 0, 15)
+        loss = np.square(found * spacing[:, None] + minimum - block).sum(axis=1)
+        better = loss < losses[open_blocks]
+        chosen = open_blocks[better]
+        integers[chosen], scales[chosen], losses[chosen] = found[better], spacing[better], loss[better]
+    shape = blocks.shape[:-1]
+    return integers.reshape(blocks.shape), scales.reshape(shape), least.reshape(shape)
 
 
 def quantize_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
