@@ -8,6 +8,7 @@
 
 #define MAX_ROWS 6 /* rows that are computed together: twelve sums, two weights and an activation are 15 registers */
 #define LARGEST 32767.0f
+#define UNROLLED 8    /* inputs at once; every block has a multiple of as many */
 #define CACHED_BYTES (20 << 10) /* of weights that stay in the first cache while all rows pass */
 
 static size_t value_bytes(const linear_weights *w, size_t inputs) { return TILE * inputs * w->bits / 8; }
@@ -198,7 +199,7 @@ INLINE __m256 load_factors(const linear_weights *w, const void *factors, size_t 
   return w->half_scales ? load_halves((const half *)factors + index) : _mm256_loadu_ps((const float *)factors + index);
 }
 
-/* What to fetch from memory meanwhile: `step` bytes further with each pair of inputs. */
+/* What to fetch from memory meanwhile: `step` bytes with every UNROLLED inputs. */
 typedef struct {
   const uint8_t *from;
   size_t step;
@@ -217,26 +218,27 @@ INLINE void multiply_tile(const int num_rows, const int bits, const bool minima,
     __m256i sums[MAX_ROWS][2];
 #pragma GCC unroll 6
     for (int i = 0; i < num_rows; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-    const int16_t *end = x + w->block_size * (size_t)num_rows;
-    while (x < end) {
-      const __m128i first = _mm_load_si128((const __m128i *)values);
-      const __m128i second = _mm_load_si128((const __m128i *)(values + 16));
+    for (size_t i = 0; i < w->block_size; i += UNROLLED) {
       _mm_prefetch((const char *)ahead.from, _MM_HINT_T1);
+      if (bits == 8) _mm_prefetch((const char *)ahead.from + ahead.step / 2, _MM_HINT_T1);
       ahead.from += ahead.step;
-      values += 32;
-      if (bits == 8) {
-        if (minima) {
+#pragma GCC unroll 4
+      for (int pair = 0; pair < UNROLLED / 2; pair += bits == 8 ? 1 : 2) {
+        const __m128i first = _mm_load_si128((const __m128i *)values);
+        const __m128i second = _mm_load_si128((const __m128i *)(values + 16));
+        values += 32;
+        if (bits == 4) {
+          add_pair(num_rows, sums, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_bits)),
+                   _mm256_cvtepu8_epi16(_mm_and_si128(second, low_bits)), x);
+          x += 2 * num_rows;
+          add_pair(num_rows, sums, _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(first, 4), low_bits)),
+                   _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(second, 4), low_bits)), x);
+        } else if (minima) {
           add_pair(num_rows, sums, _mm256_cvtepu8_epi16(first), _mm256_cvtepu8_epi16(second), x);
         } else {
           add_pair(num_rows, sums, _mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second), x);
         }
         x += 2 * num_rows;
-      } else {
-        add_pair(num_rows, sums, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_bits)),
-                 _mm256_cvtepu8_epi16(_mm_and_si128(second, low_bits)), x);
-        add_pair(num_rows, sums, _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(first, 4), low_bits)),
-                 _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(second, 4), low_bits)), x + 2 * num_rows);
-        x += 4 * num_rows;
       }
     }
     const size_t factor = (tile * w->num_blocks + block) * TILE;
@@ -333,7 +335,8 @@ static void multiply_piece(const linear_weights *w, const linear_rows *rows, lin
   const size_t width = gate ? w->outputs / 2 : w->outputs, tile_bytes = value_bytes(w, w->inputs);
   const size_t column = tile * TILE, count = width - column < TILE ? width - column : TILE;
   const size_t share = tile_bytes / num_groups * group;
-  const fetch ahead = {w->values + (tile + step) * tile_bytes + share, 32 / num_groups};
+  const fetch ahead = {w->values + (tile + step) * tile_bytes + share,
+                       UNROLLED * TILE * (size_t)w->bits / 8 / num_groups};
   __m256 results[MAX_ROWS][2], values[MAX_ROWS][2];
   multiply(w, tile, rows, start, ahead, results);
   if (gate) {

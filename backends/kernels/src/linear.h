@@ -17,7 +17,7 @@
 
 typedef struct {
   size_t outputs, inputs; /* inputs: padded to whole blocks */
-  size_t block_size;      /* inputs; a multiple of 4, at most 256 */
+  size_t block_size;      /* inputs; a multiple of 8, at most 256 */
   size_t num_blocks;
   size_t num_tiles;
   int bits; /* 8 or 4 */
