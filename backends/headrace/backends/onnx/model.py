@@ -16,7 +16,7 @@ from headrace.backends.onnx.fused_session import FusedSession
 from headrace.backends.onnx.kv import KvMemory, kv_bytes_per_token
 from headrace.backends.onnx.session import Session, open_session
 from headrace.backends.onnx.stock_session import StockSession
-from headrace.backends.onnx.top import OnnxLogits, Top
+from headrace.backends.onnx.top import CompiledTop, OnnxLogits, Top
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class OnnxModel:
         )
         dtype = fused_session.KV_DTYPE if fused else stock_session.KV_DTYPE
         self.num_kv_tokens = num_kv_bytes // kv_bytes_per_token(manifest, dtype)
-        self._top = Top(folder / bundle.TOP)
+        self._top = Top(folder / bundle.TOP) if operators is None else CompiledTop()
         self._kv = KvMemory(
             num_layers=manifest.num_layers,
             num_slots=num_slots,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,11 +76,10 @@ class OnnxBackend:
 def compiled_operators() -> Path | None:
     """The library of headrace-kernels, if that is installed and made for this processor."""
     try:
-        kernels = importlib.import_module("headrace_kernels")
+        import headrace_kernels
     except ImportError:
         return None
-    library: Path | None = kernels.library()
-    return library
+    return headrace_kernels.library()
 
 
 @hookimpl

@@ -49,7 +49,7 @@ class _Reader:
         except Exception as exc:  # the library raises nothing narrower
             raise self._damaged(TOKENIZER, f"it is no tokenizer: {' '.join(str(exc).split())}") from exc
         bos = self._special_token("bos_token", tokenizer)
-        eos = [self._special_token("eos_token", tokenizer), *self._end_ids()]
+        eos = [self._special_token("eos_token", tokenizer), *self._end_ids(tokenizer)]
         return SourceTokenizer(
             tokenizer_json=text,
             chat_template=self._chat_template(),
@@ -84,14 +84,14 @@ class _Reader:
             raise self._damaged(_CONFIG, f"{key!r} is {content!r}, which is no token")
         return int(token_id)
 
-    def _end_ids(self) -> Iterator[int]:
+    def _end_ids(self, tokenizer: tokenizers.Tokenizer) -> Iterator[int]:
         """What ends an answer: as the generation's settings say, else as the model's do."""
         name = _GENERATION if "eos_token_id" in self._generation else "config.json"
         ids = (self._generation if name == _GENERATION else self._model).get("eos_token_id")
         for token_id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise self._damaged(name, f"'eos_token_id' is {ids!r}")
-            if not 0 <= token_id < self._num_embeddings:
+            if not 0 <= token_id < self._num_embeddings or tokenizer.id_to_token(token_id) is None:
                 raise self._damaged(name, f"'eos_token_id' is {token_id}, which is no token")
             yield token_id
 
