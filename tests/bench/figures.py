@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from headrace.cli.bench import figures as bench_figures
 
-def percentile(values: Sequence[float], percent: float) -> float:
+
+def percentile(values: Sequence[float], percent: int) -> float:
     """The smallest value that at least ``percent`` of the values do not exceed."""
-    rank = math.ceil(percent / 100 * len(values))
-    return sorted(values)[max(0, rank - 1)]
+    return bench_figures.percentile(sorted(values), percent)
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:

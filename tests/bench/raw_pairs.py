@@ -11,6 +11,7 @@ import json
 import shlex
 import statistics
 from pathlib import Path
+from typing import Any
 
 import machine
 from figures import median_interval, spread, with_interval
@@ -21,6 +22,8 @@ CASES = {
     "b8": {"kind": "decode", "rows": 8, "cached": 20, "steps": 30},
     "b32": {"kind": "decode", "rows": 32, "cached": 20, "steps": 12},
     "b32@128": {"kind": "decode", "rows": 32, "cached": 128, "steps": 12},
+    "b32@500": {"kind": "decode", "rows": 32, "cached": 500, "steps": 8},
+    "b8@2000": {"kind": "decode", "rows": 8, "cached": 2000, "steps": 8},
     "pp512": {"kind": "prefill", "tokens": 512},
 }
 """Decodes: ``rows`` sequences with ``cached`` tokens each take ``steps`` steps. Prefill: one prompt of ``tokens``."""
@@ -44,9 +47,11 @@ def main() -> None:
     with _start(parser, arguments.a) as a, _start(parser, arguments.b) as b:
         facts |= {a.name: a.description, b.name: b.description}
         machine.print_header(facts)
-        print(f"| case | {a.name}, tokens/s | {b.name}, tokens/s | {a.name} / {b.name} | noise |")
-        print("|---|---|---|---|---|", flush=True)
-        measured = {case: _measure(a, b, case, arguments.pairs) for case in cases}
+        print(header(a.name, b.name), flush=True)
+        measured = {}
+        for case in cases:
+            measured[case] = measure(a, b, case, arguments.pairs)
+            print(row(case, measured[case]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"facts": facts, "cases": measured}, indent=1))
 
@@ -58,22 +63,29 @@ def _start(parser: argparse.ArgumentParser, side: str) -> Worker:
     return Worker(name, shlex.split(command))
 
 
-def _measure(a: Worker, b: Worker, case: str, num_pairs: int) -> dict[str, object]:
-    """Runs one case, and prints it as a row of the table."""
+def measure(a: Worker, b: Worker, case: str, num_pairs: int) -> dict[str, Any]:
+    """Runs one case: the tokens per second of every run of either side, and their ratio."""
     for side in (a, b):
         side.measure(CASES[case])  # warm-up
     rates = [(a.measure(CASES[case]), b.measure(CASES[case])) for _ in range(num_pairs)]
-    of_a, of_b = ([pair[side] for pair in rates] for side in (0, 1))
     ratios = [one / other for one, other in rates]
-    noise = f"±{spread(of_a):.0%}, ±{spread(of_b):.0%}"
-    medians = f"{statistics.median(of_a):.0f} | {statistics.median(of_b):.0f}"
-    print(f"| {case} | {medians} | {with_interval(ratios)} | {noise} |", flush=True)
     return {
-        a.name: of_a,
-        b.name: of_b,
+        "runs": {a.name: [pair[0] for pair in rates], b.name: [pair[1] for pair in rates]},
+        "ratios": ratios,
         "ratio": statistics.median(ratios),
         "ratio_interval_95": median_interval(ratios),
     }
+
+
+def header(a: str, b: str) -> str:
+    return f"| case | {a}, tokens/s | {b}, tokens/s | {a} / {b} | noise |\n|---|---|---|---|---|"
+
+
+def row(case: str, measured: dict[str, Any]) -> str:
+    of_a, of_b = measured["runs"].values()
+    noise = f"±{spread(of_a):.0%}, ±{spread(of_b):.0%}"
+    medians = f"{statistics.median(of_a):.0f} | {statistics.median(of_b):.0f}"
+    return f"| {case} | {medians} | {with_interval(measured['ratios'])} | {noise} |"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ def test_a_gguf_file_becomes_a_model(gguf: Path, tmp_path: Path):
     assert len(result.stderr.splitlines()) == len(set(result.stderr.splitlines())) > 1
 
 
+def test_a_hugging_face_folder_becomes_a_model(tmp_path: Path):
+    folder = Path(__file__).parents[1] / "onnx" / "golden" / "qwen3"
+    result = build("--safetensors", folder, "--name", "tiny", "--license", "MIT", "--models-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "tiny")
+    assert (manifest.architecture, manifest.license, manifest.source.file_name) == ("qwen3", "MIT", "qwen3")
+    assert "licence MIT" in result.stdout
+
+
 def test_the_models_folder_comes_from_the_environment(gguf: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HEADRACE_MODELS_DIR", str(tmp_path / "elsewhere"))
     assert build("--gguf", gguf, "--name", "tiny", "--quantization", "fp32").exit_code == 0
@@ -70,16 +79,20 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path):
 def test_a_model_that_the_catalogue_lacks_is_one_line(tmp_path: Path):
     result = build("gpt-9", "--models-dir", tmp_path)
     assert result.exit_code == 1
-    assert result.stderr == "error: no model 'gpt-9' in the catalog; there is 'smollm2-135m'\n"
+    assert result.stderr == "error: no model 'gpt-9' in the catalog; there is 'smollm2-135m', 'gemma3-270m'\n"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "name a model, such as smollm2-135m, or give a file with --gguf"),
+        ([], "name a model, such as smollm2-135m, or give one with --gguf or --safetensors"),
         (["smollm2-135m", "--license", "MIT"], "--license belongs to --gguf"),
         (["smollm2-135m", "--gguf", __file__], "give NAME or --gguf, not both"),
         (["--gguf", __file__], "--gguf needs --name"),
+        (["smollm2-135m", "--safetensors", str(Path(__file__).parent)], "give NAME or --safetensors, not both"),
+        (["--safetensors", str(Path(__file__).parent)], "--safetensors needs --name"),
+        (["--gguf", __file__, "--safetensors", str(Path(__file__).parent)], "give --gguf or --safetensors, not both"),
+        (["--safetensors", __file__, "--name", "x"], "is a file"),
         (["--gguf", "/no/such.gguf", "--name", "x"], "does not exist"),
     ],
 )

@@ -31,7 +31,7 @@ def test_help_lists_the_commands_without_importing_any():
     assert result.stdout.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "tokenize", "models"])
+@pytest.mark.parametrize("command", ["generate", "chat", "tokenize", "bench", "models"])
 def test_client_commands_need_no_package_of_the_server(command):
     absent = ["numpy", "pydantic", "onnxruntime", "grpc_health", "grpc_reflection", "structlog", "tokenizers"]
     code = (

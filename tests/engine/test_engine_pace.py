@@ -24,6 +24,15 @@ def test_a_step_with_chunks_takes_at_most_three_times_as_long_as_one_without() -
     assert budget > 50, "and is not timid either"
 
 
+def test_beside_a_few_streams_chunks_may_take_what_nobody_notices() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    for _ in range(50):
+        pacer.saw_decodes(0.008)
+        pacer.saw_chunks(100, 0.080)
+    assert pacer.chunk_budget(1) == pacer.chunk_budget(7) == 50
+    assert pacer.chunk_budget(8) == 16
+
+
 def test_budgets_stay_within_their_bounds_and_follow_what_is_measured() -> None:
     pacer = Pacer(smallest=16, largest=256)
     pacer.saw_decodes(1.0)

@@ -70,12 +70,9 @@ __attribute__((visibility("default"))) int headrace_kernels_supported(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-/* top_of_row for rows [num_rows][size]; values and ids [num_rows][k]. Returns whether there was memory enough. */
+/* top_of_rows, for callers that load the library by name. */
 __attribute__((visibility("default"))) int headrace_top(const float *rows, size_t num_rows, size_t size, size_t k,
                                                          const float *temperatures, float *values, int64_t *ids,
                                                          double *log_sum_exps) {
-  for (size_t i = 0; i < num_rows; i++) {
-    if (!top_of_row(rows + i * size, size, k, temperatures[i], values + i * k, ids + i * k, log_sum_exps + i)) return 0;
-  }
-  return 1;
+  return top_of_rows(rows, num_rows, size, k, temperatures, values, ids, log_sum_exps);
 }

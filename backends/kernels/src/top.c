@@ -76,56 +76,73 @@ static float threshold(const float *row, size_t size, size_t k, float *maxima, s
   return kth_largest(maxima, num_parts, k);
 }
 
-static size_t collect(const float *row, size_t size, float least, candidate *found) {
-  const __m256 limit = _mm256_set1_ps(least);
-  size_t count = 0, i = 0;
-  for (; i + 8 <= size; i += 8) {
-    const __m256 x = load_ordered(row + i);
-    for (int hits = _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ)); hits; hits &= hits - 1) {
-      const size_t at = i + (size_t)__builtin_ctz((unsigned)hits);
-      found[count++] = (candidate){descending(ordered(row[at])), (int32_t)at};
-    }
-  }
-  for (; i < size; i++) {
-    if (ordered(row[i]) >= least) found[count++] = (candidate){descending(ordered(row[i])), (int32_t)i};
-  }
-  return count;
-}
+typedef struct {
+  candidate *found; /* room for the whole row */
+  size_t count;
+  double sum;
+} second_pass;
 
-static double sum_of_exponentials(const float *row, size_t size, float largest, float temperature) {
+/* Collects what is at least `least`, and sums exp((x - largest) / temperature) over everything. */
+static void collect_and_sum(const float *row, size_t size, float least, float largest, float temperature,
+                            second_pass *out) {
+  const __m256 limit = _mm256_set1_ps(least);
   const __m256 reference = _mm256_set1_ps(largest), factor = _mm256_set1_ps(1 / temperature);
+  size_t count = 0, i = 0;
   double total = 0;
-  size_t i = 0;
   while (i + 8 <= size) {
     __m256 sum = _mm256_setzero_ps(); /* of few enough that float32 holds it well */
     for (size_t end = i + 1024; i + 8 <= size && i < end; i += 8) {
-      sum = _mm256_add_ps(sum, exp8(_mm256_mul_ps(_mm256_sub_ps(load_ordered(row + i), reference), factor)));
+      const __m256 x = load_ordered(row + i);
+      for (int hits = _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ)); hits; hits &= hits - 1) {
+        const size_t at = i + (size_t)__builtin_ctz((unsigned)hits);
+        out->found[count++] = (candidate){descending(ordered(row[at])), (int32_t)at};
+      }
+      sum = _mm256_add_ps(sum, exp8(_mm256_mul_ps(_mm256_sub_ps(x, reference), factor)));
     }
     total += (double)sum8(sum);
   }
-  for (; i < size; i++) total += exp((double)((ordered(row[i]) - largest) / temperature));
-  return total;
+  for (; i < size; i++) {
+    const float x = ordered(row[i]);
+    if (x >= least) out->found[count++] = (candidate){descending(x), (int32_t)i};
+    total += exp((double)((x - largest) / temperature));
+  }
+  out->count = count;
+  out->sum = total;
 }
 
-bool top_of_row(const float *row, size_t size, size_t k, float temperature, float *values, int64_t *ids,
-                double *log_sum_exp) {
+static float largest_of(const float *x, size_t count) {
+  float largest = -INFINITY;
+  for (size_t i = 0; i < count; i++) largest = fmaxf(largest, ordered(x[i]));
+  return largest;
+}
+
+static void top_of_row(const float *row, size_t size, size_t k, float temperature, float *maxima, size_t num_parts,
+                       candidate *found, float *values, int64_t *ids, double *log_sum_exp) {
+  const bool few = num_parts >= size; /* numbers: all are candidates */
+  const float least = few ? -INFINITY : threshold(row, size, k, maxima, num_parts);
+  const float largest = few ? largest_of(row, size) : largest_of(maxima, num_parts);
+  second_pass pass = {.found = found};
+  collect_and_sum(row, size, least, largest, temperature, &pass);
+  sort(found, found + pass.count, pass.count);
+  for (size_t i = 0; i < k; i++) {
+    ids[i] = found[i].id;
+    values[i] = ordered(row[ids[i]]);
+  }
+  *log_sum_exp = (double)largest / (double)temperature + log(pass.sum);
+}
+
+bool top_of_rows(const float *rows, size_t num_rows, size_t size, size_t k, const float *temperatures, float *values,
+                 int64_t *ids, double *log_sum_exps) {
   size_t num_parts = 512;
   while (num_parts < 4 * k) num_parts *= 2;
   float *maxima = malloc(num_parts * sizeof *maxima);
   candidate *found = malloc(2 * size * sizeof *found);
-  if (maxima && found) {
-    const float least = num_parts < size ? threshold(row, size, k, maxima, num_parts) : -INFINITY;
-    const size_t count = collect(row, size, least, found);
-    sort(found, found + count, count);
-    for (size_t i = 0; i < k; i++) {
-      ids[i] = found[i].id;
-      values[i] = ordered(row[ids[i]]);
-    }
-    const double sum = sum_of_exponentials(row, size, values[0], temperature);
-    *log_sum_exp = (double)values[0] / (double)temperature + log(sum);
+  const bool enough = maxima && found;
+  for (size_t i = 0; enough && i < num_rows; i++) {
+    top_of_row(rows + i * size, size, k, temperatures[i], maxima, num_parts, found, values + i * k, ids + i * k,
+               log_sum_exps + i);
   }
-  const bool done = maxima && found;
   free(maxima);
   free(found);
-  return done;
+  return enough;
 }

@@ -61,7 +61,7 @@ def generation_options(command: F) -> F:
     def wrapped(*args: Any, other: tuple[str, ...], **kwargs: Any) -> Any:
         flags = {name: kwargs.pop(name) for name in FLAG_BY_OPTION if name in kwargs}
         options = {name: value for name, value in flags.items() if value not in (None, ())}
-        return command(*args, options={**options, **dict(map(_parse_other, other))}, **kwargs)
+        return command(*args, options={**options, **dict(map(parse_option, other))}, **kwargs)
 
     decorated: Any = wrapped
     for flag in reversed(_FLAGS):
@@ -77,7 +77,7 @@ def spec_of(prompt: Prompt, options: Mapping[str, Any]) -> generation_pb2.Genera
         raise click.UsageError(str(error)) from error
 
 
-def _parse_other(text: str) -> tuple[str, Any]:
+def parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise click.UsageError(f"--option {text!r}: must be NAME=VALUE")

@@ -20,6 +20,7 @@ COMMANDS = (
     LazyCommand("generate", "headrace.cli.generate:generate", "Generate text from a prompt."),
     LazyCommand("chat", "headrace.cli.chat:chat", "Talk with a model."),
     LazyCommand("tokenize", "headrace.cli.tokenize:tokenize", "Show the tokens of a text, or count them."),
+    LazyCommand("bench", "headrace.cli.bench.command:bench", "Put load on a server and measure it."),
     LazyCommand("models", "headrace.cli.models:models", "List, show and build models."),
     LazyCommand("config", "headrace.cli.config:config", "Show and check the server's configuration.", ("serve",)),
     LazyCommand("plugins", "headrace.cli.plugins:plugins", "List, show and check plugins; begin one.", ("serve",)),

@@ -6,16 +6,18 @@ import click
 
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.models_build import build
+from headrace.cli.models_evaluate import evaluate
 from headrace.cli.output import short_count, write_json, write_table
 from headrace.client import Model
 
 
 @click.group()
 def models() -> None:
-    """List and show the models of a server; build models for one."""
+    """List and show the models of a server; build models for one, and evaluate them."""
 
 
 models.add_command(build)
+models.add_command(evaluate)
 
 
 @models.command("list")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ import llama_cpp
 from answering import Measure, answer
 
 _NUM_SEQUENCES = 32
+_SEQUENCE_TOKENS = 512
+"""Of a sequence, where a case needs no more."""
 _BATCH_TOKENS = 2048
 _RUN_TOKENS = 512
 
@@ -57,27 +60,23 @@ def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
 
 
 class _Engine:
-    """One context with a cache for each of the sequences."""
+    """A context with a cache for each of the sequences; another one where a case needs longer ones."""
 
     def __init__(self, model: Any, threads: int) -> None:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = 16384
-        params.n_batch = _BATCH_TOKENS
-        params.n_ubatch = _RUN_TOKENS
-        params.n_seq_max = _NUM_SEQUENCES
-        params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = False
-        self._context = llama_cpp.llama_init_from_model(model, params)
-        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._model = model
+        self._threads = threads
+        self._shape = (0, 0)
+        self._context: Any = None
+        self._memory: Any = None
 
     def decode(self, num_rows: int, num_cached: int, num_steps: int) -> float:
         """Tokens per second of ``num_steps`` steps of ``num_rows`` rows."""
+        self._make_room(num_rows, num_cached + 1 + num_steps)
         llama_cpp.llama_memory_clear(self._memory, True)
-        prompt = _tokens(num_cached)
-        prompts = [_entries(prompt, sequence) for sequence in range(num_rows)]
-        together = max(1, _BATCH_TOKENS // num_cached)
-        for first in range(0, num_rows, together):
-            self._run([entry for entries in prompts[first : first + together] for entry in entries])
+        self._run(_entries(_tokens(num_cached), sequence=0))
+        for sequence in range(1, num_rows):
+            # A copy of its own, made before the next step: the warm-up.
+            llama_cpp.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
 
         def step(position: int) -> None:
             self._run([(42, position, sequence, True) for sequence in range(num_rows)])
@@ -90,11 +89,32 @@ class _Engine:
 
     def prefill(self, num_tokens: int) -> float:
         """Tokens per second of one prompt."""
+        self._make_room(1, num_tokens)
         llama_cpp.llama_memory_clear(self._memory, True)
         prompt = _entries(_tokens(num_tokens), sequence=0)
         began = time.perf_counter()
         self._run(prompt)
         return num_tokens / (time.perf_counter() - began)
+
+    def _make_room(self, num_rows: int, num_tokens: int) -> None:
+        """Makes a context in which ``num_rows`` sequences can have ``num_tokens`` each, unless there is one."""
+        shape = (_NUM_SEQUENCES, _SEQUENCE_TOKENS)
+        if num_tokens > _SEQUENCE_TOKENS:
+            shape = (num_rows, math.ceil(num_tokens / 256) * 256)
+        if shape == self._shape:
+            return
+        if self._context is not None:
+            llama_cpp.llama_free(self._context)
+        params = llama_cpp.llama_context_default_params()
+        params.n_seq_max = shape[0]
+        params.n_ctx = shape[0] * shape[1]
+        params.n_batch = _BATCH_TOKENS
+        params.n_ubatch = _RUN_TOKENS
+        params.n_threads = params.n_threads_batch = self._threads
+        params.kv_unified = False
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._shape = shape
 
     def _run(self, entries: Sequence[Entry]) -> None:
         batch = llama_cpp.llama_batch_init(len(entries), 0, 1)

@@ -20,7 +20,7 @@ import openvino_genai
 from answering import Measure, answer
 
 _MAX_ROWS = 32
-_MAX_RUN_TOKENS = 4096
+_MAX_RUN_TOKENS = 16384
 """So that all prompts of a case run in one step, and are done when the time begins."""
 
 

@@ -7,6 +7,11 @@ _MAX_STRETCH = 1.6
 """A step with chunks may take this much longer than the decodes alone, beyond their own time: with the smallest chunk's
 overhead the gap between two tokens stays within three times the usual one."""
 
+_FEW_DECODES = 8
+_UNNOTICED_SECONDS = 0.04
+"""What chunks may take beside fewer streams than that, however short their own steps are: text still comes faster than
+it is read, and who waits for a first token waits much less."""
+
 
 class Pacer:
     """Learns from the steps that ran: seconds in, tokens out."""
@@ -30,7 +35,10 @@ class Pacer:
             return self._largest
         if not self._decode_seconds or not self._seconds_per_token:  # not measured, or by a clock that stands still
             return self._smallest
-        tokens = int(_MAX_STRETCH * self._decode_seconds / self._seconds_per_token)
+        seconds = _MAX_STRETCH * self._decode_seconds
+        if num_decodes < _FEW_DECODES:
+            seconds = max(seconds, _UNNOTICED_SECONDS)
+        tokens = int(seconds / self._seconds_per_token)
         return max(self._smallest, min(tokens, self._largest))
 
 
