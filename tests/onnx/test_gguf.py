@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import tiny
+from gguf_from_folder import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.backends.onnx.bundle import ModelFileError
 from headrace.backends.onnx.gguf_file import GgufFile
-from headrace.backends.onnx.gguf_source import GgufDecoder
-from headrace.backends.onnx.gguf_tokenizer import read_tokenizer
+from headrace.backends.onnx.gguf_source import GgufSource
+
+_WITHOUT_PATTERN = {"gemma3.attention.sliding_window_pattern": None, "gemma3.rope.freq_base_swa": None}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,8 @@ def whole(tmp_path_factory):
 def open_everything(path):
     """Reads all that a build reads."""
     with GgufFile(path) as file:
-        decoder = GgufDecoder(file)
-        tokenizer = read_tokenizer(path, file.metadata)
+        decoder = GgufSource(file)
+        tokenizer = decoder.tokenizer()
         for name in ("embedding", "0.q", "1.k", "1.down", "final_norm"):
             decoder.weight(name)
     return decoder.config, tokenizer
@@ -44,7 +47,7 @@ def test_the_shape_of_the_model_is_read(tmp_path):
 def test_quantized_tensors_are_read_as_float32(tmp_path, kind):
     exact = tiny.tensors(len(tiny.byte_level_vocabulary()[0]))["blk.0.ffn_up.weight"]
     with GgufFile(tiny.write_gguf(tmp_path / "tiny.gguf", quantization=kind)) as file:
-        weight = GgufDecoder(file).weight("0.up")
+        weight = GgufSource(file).weight("0.up")
     assert weight.dtype == np.float32
     assert (weight == gguf.quants.dequantize(gguf.quants.quantize(exact, kind), kind)).all()
 
@@ -126,6 +129,10 @@ def test_a_missing_file_is_named(tmp_path):
         ({"llama.rope.dimension_count": 16}, "is not the head size"),
         ({"llama.expert_count": 8}, r"llama\.expert_count is 8"),
         ({"llama.attention.sliding_window": 128}, "sliding_window is 128"),
+        ({"llama.attention.key_length": 24}, "head size 24: it must be a multiple of 16"),
+        ({"llama.rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor is 4\.0 without a type"),
+        ({"llama.final_logit_softcapping": 30.0}, r"llama\.final_logit_softcapping is 30\.0"),
+        ({"llama.attention.key_of_the_future": 1}, r"llama\.attention\.key_of_the_future is 1"),
         ({"split.count": 2}, "several parts"),
         ({"tokenizer.ggml.model": "bert"}, "unsupported tokenizer 'bert'"),
         ({"tokenizer.ggml.pre": "poro-chat"}, "unsupported pre-tokenizer 'poro-chat'"),
@@ -147,8 +154,9 @@ def test_what_the_metadata_gets_wrong_is_named(tmp_path, metadata, message):
         ({"blk.1.ffn_up.weight": None}, r"'blk\.1\.ffn_up\.weight' is missing"),
         ({"token_embd.weight": None}, r"'token_embd\.weight' is missing"),
         ({"blk.0.attn_q.weight": np.zeros((64, 32), np.float32)}, r"shape \[64, 32\] instead of \[64, 64\]"),
-        ({"blk.0.attn_q.bias": np.zeros(64, np.float32)}, r"unsupported tensor 'blk\.0\.attn_q\.bias'"),
-        ({"rope_freqs.weight": np.ones(16, np.float32)}, r"unsupported tensor 'rope_freqs\.weight'"),
+        ({"blk.0.attn_q.bias": np.zeros(64, np.float32)}, r"unsupported: tensor 'blk\.0\.attn_q\.bias'"),
+        ({"rope_freqs.weight": np.ones(8, np.float32)}, r"'rope_freqs\.weight' does not hold 16 positive numbers"),
+        ({"rope_freqs.weight": np.zeros(16, np.float32)}, r"'rope_freqs\.weight' does not hold 16 positive numbers"),
         ({"output_norm.weight": np.full(64, np.inf, np.float32)}, "not finite"),
     ],
 )
@@ -160,8 +168,16 @@ def test_what_the_tensors_get_wrong_is_named(tmp_path, tensors, message):
 
 def test_another_architecture_is_refused_by_name(tmp_path):
     path = tiny.write_gguf(tmp_path / "tiny.gguf", architecture="mamba")
-    with pytest.raises(ModelFileError, match="unsupported architecture 'mamba'"):
+    with pytest.raises(ModelFileError, match="unsupported architecture 'mamba'; supported are 'llama', 'qwen2', "):
         open_everything(path)
+
+
+def test_gemma_without_a_pattern_of_windows_has_that_of_its_makers(tmp_path):
+    folder = Path(__file__).parent / "golden" / "gemma3"
+    with GgufFile(write_gguf(folder, tmp_path / "gemma.gguf", change_metadata=_WITHOUT_PATTERN)) as file:
+        config = GgufSource(file).config
+    assert [layer.window for layer in config.layers] == [20, 20, 20]
+    assert [layer.rope_frequencies[1] for layer in config.layers] == [pytest.approx(10_000 ** (-1 / 8))] * 3
 
 
 def test_end_of_turn_tokens_end_answers_beside_the_files_own(tmp_path):
