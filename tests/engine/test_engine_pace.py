@@ -10,14 +10,14 @@ def test_without_streams_a_step_takes_as_many_prompt_tokens_as_it_may() -> None:
 def test_before_anything_was_measured_streams_get_the_smallest_chunk_beside_them() -> None:
     pacer = Pacer(smallest=16, largest=256)
     assert pacer.chunk_budget(1) == 16
-    pacer.saw_decodes(0.02)
+    pacer.saw_decodes(8, 0.02)
     assert pacer.chunk_budget(1) == 16
 
 
 def test_a_step_with_chunks_takes_at_most_three_times_as_long_as_one_without() -> None:
     pacer = Pacer(smallest=16, largest=256)
     for _ in range(50):
-        pacer.saw_decodes(0.040)
+        pacer.saw_decodes(8, 0.040)
         pacer.saw_chunks(100, 0.080)
     budget = pacer.chunk_budget(8)
     assert 0.040 + budget * 0.0008 <= 3 * 0.040
@@ -27,7 +27,7 @@ def test_a_step_with_chunks_takes_at_most_three_times_as_long_as_one_without() -
 def test_beside_a_few_streams_chunks_may_take_what_nobody_notices() -> None:
     pacer = Pacer(smallest=16, largest=256)
     for _ in range(50):
-        pacer.saw_decodes(0.008)
+        pacer.saw_decodes(8, 0.008)
         pacer.saw_chunks(100, 0.080)
     assert pacer.chunk_budget(1) == pacer.chunk_budget(7) == 50
     assert pacer.chunk_budget(8) == 16
@@ -35,7 +35,7 @@ def test_beside_a_few_streams_chunks_may_take_what_nobody_notices() -> None:
 
 def test_budgets_stay_within_their_bounds_and_follow_what_is_measured() -> None:
     pacer = Pacer(smallest=16, largest=256)
-    pacer.saw_decodes(1.0)
+    pacer.saw_decodes(8, 1.0)
     pacer.saw_chunks(100, 0.001)
     assert pacer.chunk_budget(1) == 256
     for _ in range(50):
@@ -45,6 +45,40 @@ def test_budgets_stay_within_their_bounds_and_follow_what_is_measured() -> None:
 
 def test_a_clock_that_stands_still_is_no_trouble() -> None:
     pacer = Pacer(smallest=16, largest=256)
-    pacer.saw_decodes(0.0)
+    pacer.saw_decodes(8, 0.0)
     pacer.saw_chunks(100, 0.0)
     assert pacer.chunk_budget(1) == 16
+
+
+def test_decodes_and_chunks_share_a_run_only_when_it_is_known_what_the_decodes_take() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    assert not pacer.can_mix(1)
+    pacer.saw_decodes(8, 0.02)
+    assert pacer.can_mix(8)
+    assert pacer.can_mix(9)
+    assert not pacer.can_mix(10), "two more may take longer than was measured"
+    pacer.saw_decodes(32, 0.06)
+    assert pacer.can_mix(28)
+    assert not pacer.can_mix(8)
+
+
+def test_now_and_then_decodes_run_alone_so_that_what_they_take_stays_known() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    pacer.saw_decodes(8, 0.02)
+    mixed = 0
+    while pacer.can_mix(8):
+        pacer.saw_both(48, 0.06)
+        mixed += 1
+    assert 10 < mixed < 100
+    pacer.saw_decodes(8, 0.02)
+    assert pacer.can_mix(8)
+
+
+def test_what_a_run_of_both_takes_beyond_its_decodes_is_what_chunks_take() -> None:
+    pacer = Pacer(smallest=16, largest=256)
+    pacer.saw_decodes(8, 0.02)
+    for _ in range(20):
+        pacer.saw_both(40, 0.06)
+    assert pacer.chunk_budget(8) == 32, "1.6 times 20 ms, at 1 ms a token"
+    pacer.saw_both(40, 0.01)  # faster than the decodes alone: a clock is no measure of that
+    assert pacer.chunk_budget(8) >= 32

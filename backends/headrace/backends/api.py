@@ -146,6 +146,9 @@ class StepModel(Model, Protocol):
 
     A slot holds one sequence's keys and values. ``num_slots`` and ``num_kv_tokens`` (over all slots) bound what the
     engine reserves.
+
+    A model may have an attribute ``mixes``, true if decodes and chunks may share a step without changing a bit of
+    either (of its output, where it is BIT_EXACT).
     """
 
     @property
@@ -167,7 +170,7 @@ class StepModel(Model, Protocol):
 
     def step(self, rows: Sequence[Row]) -> Logits:
         """Appends each row's tokens to its slot. Either every row is a decode (one token), or every row is a chunk of
-        a prompt; slots are distinct.
+        a prompt, unless the model ``mixes``; slots are distinct.
         """
 
 

@@ -70,6 +70,7 @@ class OnnxModel:
         self._session: Session = FusedSession(session, self._kv) if fused else StockSession(session, self._kv)
         self._logits = np.empty((num_slots, manifest.vocabulary_size), np.float32)
         self.determinism = self._warm_up()
+        self.mixes = fused and self.determinism is DeterminismClass.BIT_EXACT
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         self._kv.reserve(slot, num_tokens)

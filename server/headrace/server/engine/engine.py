@@ -139,6 +139,7 @@ class Engine:
             Limits(model.num_slots, model.num_kv_tokens, model.max_chunk, model.chunk_alignment)
         )
         self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
+        self._mixes: bool = getattr(model, "mixes", False)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: list[tuple[EventStream, Event | BaseException]] = []
         self._num_dequeued = 0
@@ -308,10 +309,13 @@ class Engine:
                 step = self._scheduler.schedule(self._chunk_budget())
                 for sequence in step.started:
                     self._start(sequence)
-                if step.decodes:
-                    self._decode(step.decodes)
-                if step.chunks:
-                    self._prefill(step.chunks)
+                if step.decodes and step.chunks and self._mixes and self._pacer.can_mix(len(step.decodes)):
+                    self._decode_and_prefill(step.decodes, step.chunks)
+                else:
+                    if step.decodes:
+                        self._decode(step.decodes)
+                    if step.chunks:
+                        self._prefill(step.chunks)
                 idle = not step
             except Exception as error:  # noqa: BLE001  # the thread must outlive whatever goes wrong
                 self._fail_all(list(self._scheduler), error)
@@ -363,14 +367,19 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         began = self._clock()
-        self._step([Chunk(sequence, len(sequence.tokens)) for sequence in sequences])
-        self._pacer.saw_decodes(self._clock() - began)
+        self._step(_decodes(sequences))
+        self._pacer.saw_decodes(len(sequences), self._clock() - began)
 
     def _prefill(self, chunks: list[Chunk]) -> None:
-        began = self._clock()
-        num_tokens = sum(chunk.end - chunk.sequence.num_cached_tokens for chunk in chunks)
+        began, num_tokens = self._clock(), _count_tokens(chunks)
         self._step(chunks)
         self._pacer.saw_chunks(num_tokens, self._clock() - began)
+
+    def _decode_and_prefill(self, sequences: list[Sequence], chunks: list[Chunk]) -> None:
+        """Both in one run: weights are read once."""
+        began, num_tokens = self._clock(), _count_tokens(chunks)
+        self._step([*_decodes(sequences), *chunks])
+        self._pacer.saw_both(num_tokens, self._clock() - began)
 
     def _step(self, chunks: list[Chunk]) -> None:
         """One run of the model; the sequences whose tokens are all in the cache afterwards get a new one."""
@@ -525,6 +534,14 @@ def _public(error: Exception) -> BackendError:
         return BackendError("the model failed")
     kind = BackendUnavailable if isinstance(error, BackendUnavailable) else BackendError
     return kind(error.message)
+
+
+def _decodes(sequences: Iterable[Sequence]) -> list[Chunk]:
+    return [Chunk(sequence, len(sequence.tokens)) for sequence in sequences]
+
+
+def _count_tokens(chunks: Iterable[Chunk]) -> int:
+    return sum(chunk.end - chunk.sequence.num_cached_tokens for chunk in chunks)
 
 
 def _forbidden(sequence: Sequence) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""How many prompt tokens a step may take on without making the running streams wait too long."""
+"""How many prompt tokens a step may take on without making the running streams wait too long, and whether its decodes
+and chunks can share a run of the model.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,8 @@ _UNNOTICED_SECONDS = 0.04
 """What chunks may take beside fewer streams than that, however short their own steps are: text still comes faster than
 it is read, and who waits for a first token waits much less."""
 
+_MIXED_IN_A_ROW = 31
+
 
 class Pacer:
     """Learns from the steps that ran: seconds in, tokens out."""
@@ -21,13 +25,37 @@ class Pacer:
         self._smallest = smallest
         self._largest = largest
         self._decode_seconds: float | None = None
+        self._num_decodes = 0
+        """How many they were for."""
+        self._num_mixed = 0
+        """Runs since then that had decodes and chunks."""
         self._seconds_per_token: float | None = None
 
-    def saw_decodes(self, seconds: float) -> None:
-        self._decode_seconds = _smooth(self._decode_seconds, seconds)
+    def saw_decodes(self, num_decodes: int, seconds: float) -> None:
+        if self._is_near(num_decodes):
+            self._decode_seconds = _smooth(self._decode_seconds, seconds)
+        else:
+            self._decode_seconds, self._num_decodes = seconds, num_decodes
+        self._num_mixed = 0
 
     def saw_chunks(self, num_tokens: int, seconds: float) -> None:
         self._seconds_per_token = _smooth(self._seconds_per_token, seconds / num_tokens)
+
+    def saw_both(self, num_tokens: int, seconds: float) -> None:
+        """A run of decodes, as many as ``can_mix`` was asked for, and ``num_tokens`` of prompts."""
+        self._num_mixed += 1
+        self.saw_chunks(num_tokens, max(seconds - (self._decode_seconds or 0), 0))
+
+    def can_mix(self, num_decodes: int) -> bool:
+        """Whether it is known what so many decodes take alone. What a run of both says of its chunks is worth no more
+        than that, so now and then there must be one of decodes alone.
+        """
+        return self._num_mixed < _MIXED_IN_A_ROW and self._is_near(num_decodes)
+
+    def _is_near(self, num_decodes: int) -> bool:
+        if self._decode_seconds is None:
+            return False
+        return abs(num_decodes - self._num_decodes) <= max(1, self._num_decodes // 8)
 
     def chunk_budget(self, num_decodes: int) -> int:
         """Prompt tokens for the next step, beside ``num_decodes`` running streams."""

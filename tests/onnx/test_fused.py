@@ -1,0 +1,122 @@
+"""The graph of compiled operators computes what the stock one does, closer to float32, for every architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from headrace.backends.api import DeterminismClass, Row
+from headrace.backends.onnx import bundle
+from headrace.backends.onnx.build import build_bundle
+from headrace.backends.onnx.bundle import read_manifest
+from headrace.backends.onnx.model import OnnxModel
+from headrace.backends.onnx.plugin import compiled_operators
+from headrace.backends.tokenizer import HuggingFaceTokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "smollm3"]
+
+pytestmark = pytest.mark.skipif(
+    compiled_operators() is None, reason="headrace-kernels is not installed, or this processor lacks AVX2"
+)
+
+
+def load(folder: Path, *, compiled: bool) -> OnnxModel:
+    manifest = read_manifest(folder)
+    return OnnxModel(
+        folder,
+        manifest,
+        HuggingFaceTokenizer.from_bundle(folder, manifest),
+        threads=2,
+        num_slots=4,
+        num_kv_bytes=2**24,
+        spinning=False,
+        operators=compiled_operators() if compiled else None,
+    )
+
+
+class Case:
+    def __init__(self, architecture: str, quantization: str, models_dir: Path) -> None:
+        source = GOLDEN / architecture
+        expected = json.loads((source / "expected.json").read_text())
+        self.ids: list[int] = expected["prompt_ids"] + expected["greedy_ids"]
+        golden = load_file(source / "expected.safetensors")
+        self.positions, self.golden = golden["positions"], golden["logits"]
+        self.folder = models_dir / "tiny"
+        build_bundle(source, name="tiny", models_dir=models_dir, quantization=quantization, progress=tiny.quietly)
+
+    def error(self, logits: NDArray[np.float32]) -> float:
+        """Root mean square, against transformers in float32."""
+        return float(np.sqrt(((logits[self.positions] - self.golden) ** 2).mean()))
+
+
+@pytest.fixture(scope="module", params=[(name, kind) for name in ARCHITECTURES for kind in ("int8", "int4")], ids=str)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(*request.param, tmp_path_factory.mktemp("fused"))
+
+
+@pytest.fixture(scope="module")
+def model(case: Case) -> Iterator[OnnxModel]:
+    loaded = load(case.folder, compiled=True)
+    yield loaded
+    loaded.close()
+
+
+def every_logit(model: OnnxModel, ids: list[int], slot: int = 0) -> NDArray[np.float32]:
+    """One token after another."""
+    model.reserve(slot, len(ids))
+    found = [model.step([Row(slot, i, [token], wants_logits=True)]).row(0).copy() for i, token in enumerate(ids)]
+    model.release(slot)
+    return np.array(found)
+
+
+def test_it_is_no_further_from_float32_than_the_stock_graph(case: Case, model: OnnxModel) -> None:
+    stock = load(case.folder, compiled=False)
+    try:
+        limit = case.error(every_logit(stock, case.ids))
+    finally:
+        stock.close()
+    # Stock operators quantise activations to 8 bits, the compiled ones to 16; weights are the same.
+    assert case.error(every_logit(model, case.ids)) < 1.05 * limit
+
+
+def test_a_token_has_the_same_bits_however_the_sequence_is_cut_and_whatever_shares_the_step(
+    case: Case, model: OnnxModel
+) -> None:
+    assert model.determinism is DeterminismClass.BIT_EXACT
+    assert model.mixes
+    alone = every_logit(model, case.ids)
+    dice = np.random.default_rng(1)
+    for slot in range(4):
+        others = [other for other in range(4) if other != slot]
+        for taken in (slot, *others):
+            model.reserve(taken, len(case.ids))
+        position, beside = 0, dict.fromkeys(others, 0)
+        while position < len(case.ids):
+            rows = []
+            for taken, start in [(slot, position), *beside.items()]:
+                count = min(int(dice.choice([1, 1, 2, 7, 16, 40])), len(case.ids) - start)
+                if count:
+                    rows.append(Row(taken, start, case.ids[start : start + count], wants_logits=True))
+                if taken == slot:
+                    position += count
+                else:
+                    beside[taken] += count
+            dice.shuffle(rows)  # type: ignore[arg-type]
+            logits = model.step(rows)
+            mine = [row.slot for row in rows].index(slot)
+            assert logits.row(mine).tobytes() == alone[position - 1].tobytes()
+        for taken in range(4):
+            model.release(taken)
+
+
+def test_float32_and_per_channel_bundles_have_no_such_graph(tmp_path: Path) -> None:
+    for quantization in ("fp32", "w8a8"):
+        assert bundle.FUSED not in read_manifest(Case("llama", quantization, tmp_path).folder).files
