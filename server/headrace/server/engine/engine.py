@@ -309,7 +309,7 @@ class Engine:
                 step = self._scheduler.schedule(self._chunk_budget())
                 for sequence in step.started:
                     self._start(sequence)
-                if step.decodes and step.chunks and self._mixes and self._pacer.can_mix(len(step.decodes)):
+                if step.decodes and step.chunks and self._mixes:
                     self._decode_and_prefill(step.decodes, step.chunks)
                 else:
                     if step.decodes:
@@ -376,7 +376,12 @@ class Engine:
         self._pacer.saw_chunks(num_tokens, self._clock() - began)
 
     def _decode_and_prefill(self, sequences: list[Sequence], chunks: list[Chunk]) -> None:
-        """Both in one run: weights are read once."""
+        """Both in one run: weights are read once. Or, if it is not known what the decodes take, those alone; the chunks
+        come in the next step.
+        """
+        if not self._pacer.can_mix(len(sequences)):
+            self._decode(sequences)
+            return
         began, num_tokens = self._clock(), _count_tokens(chunks)
         self._step([*_decodes(sequences), *chunks])
         self._pacer.saw_both(num_tokens, self._clock() - began)

@@ -5,7 +5,7 @@ and chunks can share a run of the model.
 from __future__ import annotations
 
 _SMOOTHING = 0.2
-_MAX_STRETCH = 1.6
+_MAX_STRETCH = 1.4
 """A step with chunks may take this much longer than the decodes alone, beyond their own time: with the smallest chunk's
 overhead the gap between two tokens stays within three times the usual one."""
 
