@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 from headrace.server.engine.pace import Pacer
 
 
@@ -50,16 +52,34 @@ def test_a_clock_that_stands_still_is_no_trouble() -> None:
     assert pacer.chunk_budget(1) == 16
 
 
-def test_decodes_and_chunks_share_a_run_only_when_it_is_known_what_the_decodes_take() -> None:
+def can_mix(measured: int, asked: int) -> bool:
+    """Whether so many decodes can share a run with chunks where another number of them was measured."""
     pacer = Pacer(smallest=16, largest=256)
-    assert not pacer.can_mix(1)
-    pacer.saw_decodes(8, 0.02)
-    assert pacer.can_mix(8)
-    assert pacer.can_mix(9)
-    assert not pacer.can_mix(10), "two more may take longer than was measured"
-    pacer.saw_decodes(32, 0.06)
-    assert pacer.can_mix(28)
-    assert not pacer.can_mix(8)
+    pacer.saw_decodes(measured, 0.02)
+    return pacer.can_mix(asked)
+
+
+def test_decodes_and_chunks_share_a_run_only_when_it_is_known_what_the_decodes_take() -> None:
+    assert not Pacer(smallest=16, largest=256).can_mix(1)
+    assert can_mix(8, 8)
+    assert can_mix(8, 9)
+    assert not can_mix(8, 10), "two more may take longer than was measured"
+    assert can_mix(32, 28)
+    assert not can_mix(32, 8)
+
+
+def test_chunks_wait_one_step_at_most_however_the_number_of_decodes_changes() -> None:
+    pacer, dice = Pacer(smallest=16, largest=256), random.Random(0)
+    waited = False
+    for _ in range(500):
+        num_decodes = dice.choice([1, 2, 8, 20, 32])
+        if pacer.can_mix(num_decodes):
+            pacer.saw_both(16, 0.03)
+            waited = False
+        else:
+            assert not waited
+            pacer.saw_decodes(num_decodes, 0.02)
+            waited = True
 
 
 def test_now_and_then_decodes_run_alone_so_that_what_they_take_stays_known() -> None:

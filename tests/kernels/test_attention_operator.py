@@ -159,6 +159,62 @@ def test_values_beyond_halves_are_cut_off_and_leave_no_infinity() -> None:
     assert np.isfinite(out).all()
 
 
+def test_a_token_that_is_not_a_number_spoils_no_later_sequence() -> None:
+    layer = Layer(4, 2, 32)
+    tokens, broken = layer.sequence(20, seed=1), layer.sequence(40, seed=2)
+    (before,) = layer.run((1, 0, tokens))
+    broken[5:] = np.nan
+    out, _ = layer.run((1, 0, broken), (2, 0, tokens))
+    assert np.isfinite(out[:5]).all()
+    assert np.isnan(out[5:]).all()
+    (after,) = layer.run((1, 0, tokens))
+    assert after.tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": -1}, "layer and window must be 0 or more"),
+        ({"window": -1}, "layer and window must be 0 or more"),
+        ({"num_heads": 0}, "num_heads must be 1 or more"),
+        ({"num_heads": -2}, "num_heads must be 1 or more"),
+        ({"num_heads": 2**62}, "num_heads must be 1 or more"),
+        ({"num_heads": 3}, "qkv must be"),
+        ({"layer": 2}, "cache must be"),
+        ({"cache": np.zeros((2, 2, 1, 1, 24, 16), np.float16)}, "cache must be"),
+        ({"cache": np.zeros((2, 2, 1, 0, 16, 16), np.float16)}, "cache must be"),
+        ({"cache": np.zeros((2, 2, 1, 16, 16), np.float16)}, "cache must be"),
+        ({"cache": np.zeros((2, 2, 1, 1, 16, 0), np.float16)}, "head_size must be"),
+        ({"cache": np.zeros((2, 2, 1, 1, 16, 24), np.float16)}, "head_size must be"),
+        ({"cache": np.zeros((2, 2, 1, 3, 16, 16), np.float16)}, "num_heads must be a multiple of kv_heads"),
+        ({"slots": np.zeros((1, 1), np.int32)}, "slots and positions must be"),
+        ({"positions": np.zeros(0, np.int32)}, "slots and positions must be"),
+        ({"q_norm": np.ones(15, np.float32)}, "q_norm and k_norm must be"),
+        ({"k_norm": np.ones(0, np.float32)}, "q_norm and k_norm must be"),
+        ({"k_norm": np.ones((), np.float32)}, "q_norm and k_norm must be"),
+        ({"cosines": np.ones((16, 8), np.float32)}, "cosines and sines must be"),
+        ({"sines": np.ones((16, 8), np.float32)}, "cosines and sines must be"),
+        ({"cosines": np.ones((16, 7), np.float32), "sines": np.ones((16, 7), np.float32)}, "cosines and sines must be"),
+        ({"cosines": np.ones(128, np.float32), "sines": np.ones(128, np.float32)}, "cosines and sines must be"),
+        ({"cosines": np.ones((16, 8), np.float32), "sines": np.ones((1, 8), np.float32)}, "cosines and sines must be"),
+        ({"cosines": np.ones((0, 8), np.float32), "sines": np.ones((0, 8), np.float32)}, "out of the cosines"),
+    ],
+)
+def test_a_node_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    attributes: dict[str, Any] = {"layer": 1, "num_heads": 2, "scale": 1.0, "window": 0, "epsilon": EPSILON}
+    fed: dict[str, NDArray[Any]] = {
+        "qkv": np.zeros((1, 64), np.float32),
+        "cache": np.zeros((2, 2, 1, 1, 16, 16), np.float16),
+        "slots": np.zeros(1, np.int32),
+        "positions": np.zeros(1, np.int32),
+    }
+    constants = {name: value for name, value in changes.items() if name not in attributes and name not in fed}
+    attributes |= {name: value for name, value in changes.items() if name in attributes}
+    fed |= {name: value for name, value in changes.items() if name in fed}
+    with pytest.raises(Exception, match=message):
+        Operator("Attention", INPUTS, fed, constants, **attributes)(**fed)
+
+
 @pytest.mark.parametrize(
     ("slot", "position"), [(-1, 0), (SLOTS, 0), (0, -1), (0, CAPACITY)], ids=["slot", "slot", "position", "position"]
 )

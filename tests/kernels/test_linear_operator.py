@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,45 @@ def test_a_width_that_fills_no_whole_block_is_padded() -> None:
     assert_close(operator(x=x), x.astype(np.float64) @ matrix.weight[:, :100].T)
 
 
+@pytest.mark.parametrize("outputs", [1, 15, 17, 33])
+@pytest.mark.parametrize("width", [1, 7, 15, 24])
+def test_no_width_or_number_of_outputs_is_too_odd(outputs: int, width: int) -> None:
+    matrix = Matrix(outputs, math.ceil(width / 8) * 8, 8, 8, minima=True)
+    x, norm = activations(8, width), np.random.default_rng(3).normal(size=width).astype(np.float32)
+    x[0] += 1  # so that a width of 1 has no zero beside the one row of zeros
+    constants = {**matrix.constants(), "norm": norm}
+    operator = Operator("Linear", INPUTS, {"x": x}, constants, bits=8, gate=0, epsilon=1e-5)
+    wide = x.astype(np.float64)
+    normed = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * norm
+    wanted = normed @ matrix.weight[:, :width].T
+    # Of the largest addend: with few outputs a sum may all but vanish.
+    size = np.abs(normed).max(axis=1, keepdims=True) * np.abs(matrix.weight).max()
+    assert (np.abs(operator(x=x) - wanted) <= RELATIVE * size).all()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 12, 98])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_row_that_is_not_finite_gives_nothing_finite_and_leaves_others_alone(
+    number: float, place: int, normed: bool
+) -> None:
+    matrix, x = Matrix(48, 128, 8, 64, minima=True), activations(9, 99)
+    constants = matrix.constants() | ({"norm": np.ones(99, np.float32)} if normed else {})
+    operator = Operator("Linear", INPUTS, {"x": x}, constants, bits=8, gate=0, epsilon=1e-5)
+    before = operator(x=x)
+    x[3, place] = number
+    after = operator(x=x)
+    assert not np.isfinite(after[3]).any()
+    assert np.delete(after, 3, axis=0).tobytes() == np.delete(before, 3, axis=0).tobytes()
+
+
+def test_numbers_that_all_but_vanish_count_as_zeros() -> None:
+    matrix = Matrix(48, 64, 8, 64, minima=False)
+    x = np.full((2, 64), 1e-42, np.float32)
+    operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), bits=8, gate=0, epsilon=0.0)
+    assert (operator(x=x) == 0).all()
+
+
 def test_norm_bias_and_residual_are_applied() -> None:
     matrix, x = Matrix(64, 192, 8, 64, minima=False), activations(11, 192)
     dice = np.random.default_rng(3)
@@ -129,6 +169,13 @@ def test_no_rows_give_no_rows() -> None:
         ({"minima": np.ones((32, 3), np.float32)}, "minima must be shaped as scales"),
         ({"bias": np.ones(31, np.float32)}, "bias must be \\[outputs\\]"),
         ({"gate": 1}, "values and scales must be initializers"),
+        ({"values": np.ones((32, 64), np.uint8)}, "values must be \\[outputs, blocks, bytes\\]"),
+        ({"values": np.ones((32, 1, 0), np.uint8)}, "a weight has no elements"),
+        ({"values": np.ones((32, 1, 12), np.uint8)}, "a multiple of 8 weights"),
+        ({"values": np.ones((32, 1, 264), np.uint8)}, "a multiple of 8 weights, at most 256"),
+        ({"values": np.ones((32, 1, 1, 1, 1, 1, 64), np.uint8)}, "more than 6 dimensions"),
+        ({"norm": np.ones(0, np.float32)}, "a weight has no elements"),
+        ({"norm": np.ones(65, np.float32)}, "norm must be \\[width\\]"),
     ],
 )
 def test_a_node_that_makes_no_sense_is_refused_when_it_is_loaded(changes: dict[str, Any], message: str) -> None:
@@ -138,6 +185,24 @@ def test_a_node_that_makes_no_sense_is_refused_when_it_is_loaded(changes: dict[s
     constants = {**matrix.constants(), **{name: value for name, value in changes.items() if name not in attributes}}
     with pytest.raises(Exception, match=message):
         Operator("Linear", INPUTS, {"x": x}, constants, **attributes)
+
+
+@pytest.mark.parametrize("name", ["values", "scales", "minima", "norm", "bias"])
+def test_a_weight_that_is_computed_is_refused_when_it_is_loaded(name: str) -> None:
+    matrix, x = Matrix(32, 64, 8, 64, minima=True), np.zeros((1, 64), np.float32)
+    weights = {**matrix.constants(), "norm": np.ones(64, np.float32), "bias": np.ones(32, np.float32)}
+    fed = {"x": x, name: weights.pop(name)}
+    with pytest.raises(Exception, match="every weight must be an initializer"):
+        Operator("Linear", INPUTS, fed, weights, bits=8, gate=0, epsilon=0.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 32), (1, 31), (32,), (), (0, 32)])
+def test_a_residual_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    matrix, fed = Matrix(32, 64, 8, 64, minima=False), {"x": np.zeros((1, 64), np.float32)}
+    fed["residual"] = np.zeros(shape, np.float32)
+    operator = Operator("Linear", INPUTS, fed, matrix.constants(), bits=8, gate=0, epsilon=0.0)
+    with pytest.raises(Exception, match="residual must be"):
+        operator(**fed)
 
 
 def test_an_input_of_another_width_is_refused() -> None:

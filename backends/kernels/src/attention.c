@@ -226,9 +226,10 @@ static void attend_rows(const half *keys, const half *values, attending *a, floa
     }
   }
   for (size_t row = 0; row < a->num_rows; row++) {
-    const __m256 share = _mm256_set1_ps(1 / sum8(a->sums[row]));
+    /* Adding 0 turns -0 into 0, as the unseen keys of a neighbour's block would. */
+    const __m256 share = _mm256_set1_ps(1 / sum8(a->sums[row])), zero = _mm256_setzero_ps();
     for (size_t i = 0; i < size; i += 8) {
-      _mm256_storeu_ps(out[row] + i, _mm256_mul_ps(_mm256_loadu_ps(a->totals[row] + i), share));
+      _mm256_storeu_ps(out[row] + i, _mm256_fmadd_ps(_mm256_loadu_ps(a->totals[row] + i), share, zero));
     }
   }
 }
@@ -259,3 +260,5 @@ void attention_attend(const attention_shape *shape, const attention_tokens *toke
   }
   if (a.num_rows) attend_rows(keys, values, &a, to);
 }
+
+SIMD_END

@@ -72,17 +72,19 @@ static void find_runs(attention_job *job) {
 }
 
 static OrtStatus *check(const attention_kernel *kernel, const tensor *qkv, const tensor *cache, const tensor *slots,
-                        const tensor *positions, const tensor *cosines) {
+                        const tensor *positions) {
   const OrtApi *ort = kernel->ort;
-  if (cache->num_dims != 6 || cache->dims[1] != 2 || cache->dims[4] % ATTENTION_BLOCK || cache->dims[0] <= kernel->layer) {
+  /* A cache that has cells lies in memory: products of its sizes overflow nothing. */
+  if (cache->num_dims != 6 || cache->dims[1] != 2 || cache->dims[2] < 1 || cache->dims[3] < 1 || cache->dims[4] < 1 ||
+      cache->dims[4] % ATTENTION_BLOCK || cache->dims[4] > INT32_MAX || cache->dims[0] <= kernel->layer) {
     return invalid(ort, "headrace.Attention: cache must be [layers, 2, slots, kv_heads, capacity, head_size], "
                         "capacity a multiple of 16");
   }
   const int64_t kv_heads = cache->dims[3], head_size = cache->dims[5];
-  if (head_size % 16 || head_size > 256) {
+  if (head_size < 16 || head_size % 16 || head_size > 256) {
     return invalid(ort, "headrace.Attention: head_size must be a multiple of 16, at most 256");
   }
-  if (kv_heads < 1 || kernel->num_heads % kv_heads) {
+  if (kernel->num_heads % kv_heads) {
     return invalid(ort, "headrace.Attention: num_heads must be a multiple of kv_heads");
   }
   if (qkv->num_dims != 2 || qkv->dims[1] != (kernel->num_heads + 2 * kv_heads) * head_size) {
@@ -94,13 +96,33 @@ static OrtStatus *check(const attention_kernel *kernel, const tensor *qkv, const
   }
   const int32_t *slot = slots->data, *position = positions->data;
   for (int64_t i = 0; i < qkv->dims[0]; i++) {
-    if (slot[i] < 0 || slot[i] >= cache->dims[2] || position[i] < 0 || position[i] >= cache->dims[4] ||
-        (cosines->data && position[i] >= cosines->dims[0])) {
+    if (slot[i] < 0 || slot[i] >= cache->dims[2] || position[i] < 0 || position[i] >= cache->dims[4]) {
       return invalid(ort, "headrace.Attention: a slot or position is out of the cache");
     }
     if (i && slot[i] == slot[i - 1] && position[i] != position[i - 1] + 1) {
       return invalid(ort, "headrace.Attention: positions of a slot must ascend by 1");
     }
+  }
+  return NULL;
+}
+
+/* Checks the optional inputs, the others being right. */
+static OrtStatus *check_tables(const OrtApi *ort, const tensor *positions, int64_t head_size, const tensor *cosines,
+                               const tensor *sines, const tensor *q_norm, const tensor *k_norm) {
+  const tensor *norms[] = {q_norm, k_norm};
+  for (size_t i = 0; i < 2; i++) {
+    if (!is_absent(norms[i]) && (norms[i]->num_dims != 1 || norms[i]->dims[0] != head_size)) {
+      return invalid(ort, "headrace.Attention: q_norm and k_norm must be [head_size]");
+    }
+  }
+  if (is_absent(cosines) && is_absent(sines)) return NULL;
+  if (cosines->num_dims != 2 || sines->num_dims != 2 || cosines->dims[0] != sines->dims[0] ||
+      cosines->dims[1] != head_size / 2 || sines->dims[1] != head_size / 2) {
+    return invalid(ort, "headrace.Attention: cosines and sines must be [positions, head_size / 2]");
+  }
+  const int32_t *position = positions->data;
+  for (int64_t i = 0; i < positions->dims[0]; i++) {
+    if (position[i] >= cosines->dims[0]) return invalid(ort, "headrace.Attention: a position is out of the cosines");
   }
   return NULL;
 }
@@ -131,7 +153,8 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   CHECK(read_input(ort, context, SINES, &sines));
   CHECK(read_input(ort, context, Q_NORM, &q_norm));
   CHECK(read_input(ort, context, K_NORM, &k_norm));
-  CHECK(check(kernel, &qkv, &cache, &slots, &positions, &cosines));
+  CHECK(check(kernel, &qkv, &cache, &slots, &positions));
+  CHECK(check_tables(ort, &positions, cache.dims[5], &cosines, &sines, &q_norm, &k_norm));
   const size_t num_tokens = (size_t)qkv.dims[0], head_size = (size_t)cache.dims[5];
   attention_job job = {
       .shape = {.num_heads = (size_t)kernel->num_heads,
@@ -181,6 +204,12 @@ static OrtStatus *read_kernel(attention_kernel *kernel, const OrtKernelInfo *inf
   CHECK(ort->KernelInfoGetAttribute_int64(info, "window", &kernel->window));
   CHECK(ort->KernelInfoGetAttribute_float(info, "scale", &kernel->scale));
   CHECK(ort->KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon));
+  if (kernel->layer < 0 || kernel->window < 0) {
+    return invalid(ort, "headrace.Attention: layer and window must be 0 or more");
+  }
+  if (kernel->num_heads < 1 || kernel->num_heads > INT32_MAX) {
+    return invalid(ort, "headrace.Attention: num_heads must be 1 or more");
+  }
   return ort->KernelInfoGetAllocator(info, 0, &kernel->allocator);
 }
 

@@ -10,7 +10,7 @@ static OrtStatus *describe(const OrtApi *ort, const OrtValue *value, tensor *out
   OrtShape *shape;
   CHECK(ort->GetTensorTypeAndShape(value, &shape));
   OrtStatus *status = ort->GetDimensionsCount(shape, &out->num_dims);
-  if (!status && out->num_dims > MAX_DIMENSIONS) status = invalid(ort, "too many dimensions");
+  if (!status && out->num_dims > MAX_DIMENSIONS) status = invalid(ort, "headrace: a tensor has more than 6 dimensions");
   if (!status) status = ort->GetDimensions(shape, out->dims, out->num_dims);
   ort->ReleaseTensorTypeAndShapeInfo(shape);
   if (status) return status;
@@ -27,15 +27,25 @@ OrtStatus *read_input(const OrtApi *ort, const OrtKernelContext *context, size_t
 OrtStatus *read_constant(const OrtApi *ort, const OrtKernelInfo *info, size_t index, tensor *out) {
   const OrtValue *value = NULL;
   int is_constant = 0;
+  size_t num_inputs, name_size = 1; /* with the zero at its end: an absent input has no other name */
   *out = (tensor){0};
+  CHECK(ort->KernelInfo_GetInputCount(info, &num_inputs));
+  if (index < num_inputs) CHECK(ort->KernelInfo_GetInputName(info, index, NULL, &name_size));
+  if (name_size == 1) return NULL;
   CHECK(ort->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
-  return is_constant && value ? describe(ort, value, out) : NULL;
+  if (!is_constant || !value) return invalid(ort, "headrace: every weight must be an initializer");
+  CHECK(describe(ort, value, out));
+  for (size_t i = 0; i < out->num_dims; i++) {
+    if (!out->dims[i]) return invalid(ort, "headrace: a weight has no elements");
+  }
+  return NULL;
 }
 
 OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t rows, int64_t columns, float **out) {
   const int64_t dims[2] = {rows, columns};
-  OrtValue *value;
+  OrtValue *value = NULL;
   CHECK(ort->KernelContext_GetOutput(context, 0, dims, 2, &value));
+  if (!value) return invalid(ort, "headrace: the output has no name");
   return ort->GetTensorMutableData(value, (void **)out);
 }
 
@@ -48,15 +58,21 @@ static OrtStatus *make_domain(const OrtApi *ort) {
   if (domain) return NULL;
   OrtCustomOpDomain *made;
   CHECK(ort->CreateCustomOpDomain("headrace", &made));
-  CHECK(ort->CustomOpDomain_Add(made, &linear_op));
-  CHECK(ort->CustomOpDomain_Add(made, &attention_op));
-  domain = made;
-  return NULL;
+  OrtStatus *status = ort->CustomOpDomain_Add(made, &linear_op);
+  if (!status) status = ort->CustomOpDomain_Add(made, &attention_op);
+  if (status) {
+    ort->ReleaseCustomOpDomain(made);
+  } else {
+    domain = made;
+  }
+  return status;
 }
 
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                      const OrtApiBase *base) {
   const OrtApi *ort = base->GetApi(ORT_API_VERSION);
+  /* Every runtime has the first version, and CreateStatus in it. */
+  if (!ort) return base->GetApi(1)->CreateStatus(ORT_FAIL, "headrace: ONNX Runtime must be 1.20 or later");
   pthread_mutex_lock(&domain_lock);
   OrtStatus *status = make_domain(ort);
   if (!status) status = ort->AddCustomOpDomain(options, domain);

@@ -15,17 +15,20 @@
 #define MAX_DIMENSIONS 6
 
 typedef struct {
-  void *data; /* NULL where an optional input is absent */
+  void *data;
   size_t num_dims;
   int64_t dims[MAX_DIMENSIONS];
 } tensor;
 
+/* An absent input; one without elements may have no data either. */
+static inline bool is_absent(const tensor *t) { return !t->data && !t->num_dims; }
+
 OrtStatus *invalid(const OrtApi *ort, const char *message);
 
-/* An input of a run; absent ones have no data. */
+/* An input of a run, which may be absent. */
 OrtStatus *read_input(const OrtApi *ort, const OrtKernelContext *context, size_t index, tensor *out);
 
-/* An input that must be an initializer where it is present. */
+/* An input that must be an initializer, and have elements, where it is present. */
 OrtStatus *read_constant(const OrtApi *ort, const OrtKernelInfo *info, size_t index, tensor *out);
 
 OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t rows, int64_t columns, float **out);

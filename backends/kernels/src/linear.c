@@ -8,6 +8,7 @@
 
 #define MAX_ROWS 6 /* rows that are computed together: twelve sums, two weights and an activation are 15 registers */
 #define LARGEST 32767.0f
+#define SMALLEST 1e-30f /* of a row's largest activation, lest its inverse be infinite; rows below count as zeros */
 #define UNROLLED 8    /* inputs at once; every block has a multiple of as many */
 #define CACHED_BYTES (20 << 10) /* of weights that stay in the first cache while all rows pass */
 
@@ -108,6 +109,20 @@ static size_t count_groups(const linear_rows *rows) { return (rows->count + MAX_
 
 /* --- activations ------------------------------------------------------------------------------------------------ */
 
+INLINE __m256 normed8(const float *x, const float *norm, float factor) {
+  const __m256 v = _mm256_loadu_ps(x);
+  return norm ? _mm256_mul_ps(_mm256_mul_ps(v, _mm256_set1_ps(factor)), _mm256_loadu_ps(norm)) : v;
+}
+
+/* The next eight activations of a row, of which `count` are left; zeros make up for what is missing. */
+INLINE __m256 load_activations(const float *x, const float *norm, float factor, size_t count) {
+  if (count >= 8) return normed8(x, norm, factor);
+  float some[8] = {0}, some_norm[8] = {0};
+  memcpy(some, x, count * sizeof *x);
+  if (norm) memcpy(some_norm, norm, count * sizeof *norm);
+  return normed8(some, norm ? some_norm : NULL, factor);
+}
+
 /* Writes a row's values two by two, `stride` values apart. */
 static void quantize_row(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
                          int16_t *values, size_t stride, float *scale, float *sums) {
@@ -123,31 +138,19 @@ static void quantize_row(const linear_weights *w, const float *x, size_t width, 
     for (; k < width; k++) total += x[k] * x[k];
     factor = 1 / sqrtf(total / (float)width + epsilon);
   }
-  const __m256 sign = _mm256_set1_ps(-0.0f), factors = _mm256_set1_ps(factor);
-  __m256 magnitudes = _mm256_setzero_ps();
-  float largest = 0;
-  size_t k = 0;
-  for (; k + 8 <= width; k += 8) {
-    __m256 v = _mm256_loadu_ps(x + k);
-    if (norm) v = _mm256_mul_ps(_mm256_mul_ps(v, factors), _mm256_loadu_ps(norm + k));
-    magnitudes = _mm256_max_ps(magnitudes, _mm256_andnot_ps(sign, v));
+  const __m256i no_sign = _mm256_set1_epi32(INT32_MAX);
+  __m256i magnitudes = _mm256_setzero_si256();
+  for (size_t k = 0; k < width; k += 8) {
+    const __m256 v = load_activations(x + k, norm ? norm + k : NULL, factor, width - k);
+    magnitudes = _mm256_max_epi32(magnitudes, _mm256_and_si256(_mm256_castps_si256(v), no_sign));
   }
-  for (; k < width; k++) largest = fmaxf(largest, fabsf(norm ? x[k] * factor * norm[k] : x[k]));
-  largest = fmaxf(largest, max8(magnitudes));
-  *scale = largest / LARGEST;
-  const float inverse = largest > 0 ? LARGEST / largest : 0;
-  const __m256 inverses = _mm256_set1_ps(inverse);
+  const float largest = largest_magnitude(magnitudes);
+  *scale = largest / LARGEST; /* not a number if one of the row is not: nor are its products, then */
+  const __m256 inverses = _mm256_set1_ps(largest > SMALLEST ? LARGEST / largest : 0);
   int32_t sum = 0;
-  for (k = 0; k < w->inputs; k += 8) {
-    __m256 v;
-    if (k + 8 <= width) {
-      v = _mm256_loadu_ps(x + k);
-      if (norm) v = _mm256_mul_ps(_mm256_mul_ps(v, factors), _mm256_loadu_ps(norm + k));
-    } else {
-      float rest[8] = {0};
-      for (size_t i = k; i < width; i++) rest[i - k] = norm ? x[i] * factor * norm[i] : x[i];
-      v = _mm256_loadu_ps(rest);
-    }
+  for (size_t k = 0; k < w->inputs; k += 8) {
+    const size_t at = k < width ? k : width;
+    const __m256 v = load_activations(x + at, norm ? norm + at : NULL, factor, width - at);
     const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverses));
     int16_t eight[8];
     _mm_storeu_si128((__m128i *)eight,
@@ -199,9 +202,10 @@ INLINE __m256 load_factors(const linear_weights *w, const void *factors, size_t 
   return w->half_scales ? load_halves((const half *)factors + index) : _mm256_loadu_ps((const float *)factors + index);
 }
 
-/* What to fetch from memory meanwhile: `step` bytes with every UNROLLED inputs. */
+/* What to fetch from memory meanwhile: `step` bytes with every UNROLLED inputs. An address and no pointer, since it may
+ * lie beyond the weights: what is not there is not fetched, and that is all. */
 typedef struct {
-  const uint8_t *from;
+  uintptr_t from;
   size_t step;
 } fetch;
 
@@ -220,7 +224,7 @@ INLINE void multiply_tile(const int num_rows, const int bits, const bool minima,
     for (int i = 0; i < num_rows; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
     for (size_t i = 0; i < w->block_size; i += UNROLLED) {
       _mm_prefetch((const char *)ahead.from, _MM_HINT_T1);
-      if (bits == 8) _mm_prefetch((const char *)ahead.from + ahead.step / 2, _MM_HINT_T1);
+      if (bits == 8) _mm_prefetch((const char *)(ahead.from + ahead.step / 2), _MM_HINT_T1);
       ahead.from += ahead.step;
 #pragma GCC unroll 4
       for (int pair = 0; pair < UNROLLED / 2; pair += bits == 8 ? 1 : 2) {
@@ -335,7 +339,7 @@ static void multiply_piece(const linear_weights *w, const linear_rows *rows, lin
   const size_t width = gate ? w->outputs / 2 : w->outputs, tile_bytes = value_bytes(w, w->inputs);
   const size_t column = tile * TILE, count = width - column < TILE ? width - column : TILE;
   const size_t share = tile_bytes / num_groups * group;
-  const fetch ahead = {w->values + (tile + step) * tile_bytes + share,
+  const fetch ahead = {(uintptr_t)w->values + (tile + step) * tile_bytes + share,
                        UNROLLED * TILE * (size_t)w->bits / 8 / num_groups};
   __m256 results[MAX_ROWS][2], values[MAX_ROWS][2];
   multiply(w, tile, rows, start, ahead, results);
@@ -368,3 +372,5 @@ void linear_multiply(const linear_weights *w, const linear_rows *rows, linear_ga
     }
   }
 }
+
+SIMD_END

@@ -101,7 +101,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
     return invalid(ort, "headrace.Linear: x must be [T, width], and width what the blocks of values hold");
   }
   if (kernel->norm && kernel->norm_width != x.dims[1]) return invalid(ort, "headrace.Linear: norm must be [width]");
-  if (residual.data &&
+  if (!is_absent(&residual) &&
       (residual.num_dims != 2 || residual.dims[0] != x.dims[0] || (size_t)residual.dims[1] != outputs)) {
     return invalid(ort, "headrace.Linear: residual must be shaped as the output");
   }

@@ -54,9 +54,15 @@ typedef struct {
   /* 93 */ void (*ReleaseStatus)(OrtStatus *status);
   SKIP(94, 98);
   /* 99 */ void (*ReleaseTensorTypeAndShapeInfo)(OrtShape *shape);
-  SKIP(100, 131);
+  SKIP(100, 100);
+  /* 101 */ void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *domain);
+  SKIP(102, 131);
   /* 132 */ void (*ReleaseAllocator)(OrtAllocator *allocator);
-  SKIP(133, 248);
+  SKIP(133, 229);
+  /* 230 */ OrtStatus *(*KernelInfo_GetInputCount)(const OrtKernelInfo *info, size_t *out);
+  SKIP(231, 231);
+  /* 232 */ OrtStatus *(*KernelInfo_GetInputName)(const OrtKernelInfo *info, size_t index, char *out, size_t *size);
+  SKIP(233, 248);
   /* 249 */ OrtStatus *(*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo *info, size_t index, int *is_constant,
                                                             const OrtValue **out);
   SKIP(250, 273);

@@ -1,18 +1,22 @@
 /* Eight floats at a time, on x86-64 with AVX2, FMA and F16C.
  *
  * Nothing here depends on where in memory, or beside what, a value lies: the same operand gives the same bits. Files
- * that include this are compiled with -ffp-contract=off, so that only what is written as a fused operation is one. */
+ * that include this are compiled with -ffp-contract=off, so that only what is written as a fused operation is one.
+ *
+ * Such a file includes this last, and ends with SIMD_END: what lies between is compiled for such processors. */
 #pragma once
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#define SIMD_END _Pragma("clang attribute pop")
+#else
+#pragma GCC target("avx2,fma,f16c")
+#define SIMD_END
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -21,7 +25,8 @@ typedef uint16_t half; /* IEEE 754 binary16 */
 INLINE __m256 load_halves(const half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
 INLINE void store_halves(half *p, __m256 x) {
-  /* Beyond the largest half lies infinity, which times a weight of zero would be NaN. */
+  /* Beyond the largest half lies infinity, which times a weight of zero would be NaN. NaN itself becomes the largest: a
+   * cell is always a number, whoever gets it next. */
   const __m256 largest = _mm256_set1_ps(65504.0f);
   x = _mm256_max_ps(_mm256_min_ps(x, largest), _mm256_sub_ps(_mm256_setzero_ps(), largest));
   _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -38,6 +43,14 @@ INLINE float max8(__m256 x) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+/* The largest of eight floats of no sign, given as bits: these are ordered as the floats are, NaN above all. */
+INLINE float largest_magnitude(__m256i x) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtss_f32(_mm_castsi128_ps(s));
 }
 
 /* e^x for x <= 88, to about 1e-7 of it; exactly 1 at 0, exactly 0 below -87. Range reduction by Cody and Waite, then

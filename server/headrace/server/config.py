@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     )
 
     listen: Address = Field("127.0.0.1:50051", description="Address of the gRPC server; port 0 takes any free one.")
+    reuse_port: bool = Field(
+        False, description="Whether other servers may listen at the same address; all that share it need this."
+    )
     metrics_listen: Address | None = Field(
         "127.0.0.1:9464", description="Address of the Prometheus endpoint /metrics; none: no endpoint."
     )

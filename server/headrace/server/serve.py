@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from headrace.server.app import App
 from headrace.server.config import Settings, is_loopback
 from headrace.server.engine.engine import Engine
-from headrace.server.metrics import Metrics, MetricsEndpoint, serve_metrics
+from headrace.server.metrics import Metrics, serve_metrics
 from headrace.server.middleware.authentication import Authenticates
 from headrace.server.rpc.server import RunningServer, start_server
 
@@ -31,6 +31,8 @@ async def serve(
     ``settings.shutdown_grace`` seconds to end and are then finished with what they have. A second signal ends the
     grace.
 
+    With ``settings.reuse_port`` it listens once the models are loaded; otherwise health checks can watch them load.
+
     ``on_ready`` gets the port once the models are loaded. Raises SettingsError, PluginError, or OSError for an address.
     """
     log = structlog.get_logger("headrace.server")
@@ -45,33 +47,44 @@ async def serve(
         # First in, so last out: the second signal comes while the others are being undone.
         cleanup.enter_context(signals.installed())
         cleanup.push_async_callback(app.close)
-        server = await start_server(
-            app,
-            address=settings.listen,
-            metrics=metrics,
-            max_message_bytes=settings.max_message_bytes,
-            max_batch_in_flight=settings.max_batch_in_flight,
-            serving=False,
-        )
-        cleanup.push_async_callback(_drain, app, server, settings, signals)
-        if endpoint := _serve_metrics(settings, metrics):
-            cleanup.callback(endpoint.close)
-        log.info("listening", address=settings.listen, port=server.port, metrics_port=endpoint and endpoint.port)
-        if not is_loopback(settings.listen):
-            log.warning("open_to_the_network", address=settings.listen, hint="anybody who reaches it can use it")
-        loading = asyncio.create_task(_load(app, server, metrics))
-        cleanup.push_async_callback(asyncio.wait, [loading])
-        stopping = asyncio.create_task(signals.first.wait())
-        await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            await loading
-            if on_ready:
-                on_ready(server.port)
-            watching = asyncio.create_task(_watch(app, server))
-            cleanup.callback(watching.cancel)
-        await stopping
+        await _run(app, settings, metrics, signals, cleanup, on_ready)
         log.info("stopping", grace=settings.shutdown_grace)
     log.info("stopped")
+
+
+async def _run(
+    app: App,
+    settings: Settings,
+    metrics: Metrics,
+    signals: _Signals,
+    cleanup: contextlib.AsyncExitStack,
+    on_ready: Callable[[int], None] | None,
+) -> None:
+    """Listens and loads, and returns when the first signal comes; what there is to undo is in ``cleanup``."""
+    log = structlog.get_logger("headrace.server")
+    if settings.reuse_port:
+        # Connections come to any that listens: whatever can fail or takes time is over before this one does.
+        metrics_port = _serve_metrics(settings, metrics, cleanup)
+        await _load(app, signals, cleanup)
+        if signals.first.is_set():
+            return
+        server = await _listen(app, settings, metrics, signals, cleanup)
+    else:
+        server = await _listen(app, settings, metrics, signals, cleanup)
+        metrics_port = _serve_metrics(settings, metrics, cleanup)
+    log.info("listening", address=settings.listen, port=server.port, metrics_port=metrics_port)
+    if not is_loopback(settings.listen):
+        log.warning("open_to_the_network", address=settings.listen, hint="anybody who reaches it can use it")
+    if not settings.reuse_port:
+        await _load(app, signals, cleanup)
+        if signals.first.is_set():
+            return
+    _announce(app, server, metrics)
+    if on_ready:
+        on_ready(server.port)
+    watching = asyncio.create_task(_watch(app, server))
+    cleanup.callback(watching.cancel)
+    await signals.first.wait()
 
 
 class _Signals:
@@ -95,9 +108,35 @@ class _Signals:
         (self.second if self.first.is_set() else self.first).set()
 
 
-async def _load(app: App, server: RunningServer, metrics: Metrics) -> None:
-    """Loads the models, and says so to health checks and metrics."""
-    await app.load()
+async def _listen(
+    app: App, settings: Settings, metrics: Metrics, signals: _Signals, cleanup: contextlib.AsyncExitStack
+) -> RunningServer:
+    server = await start_server(
+        app,
+        address=settings.listen,
+        metrics=metrics,
+        max_message_bytes=settings.max_message_bytes,
+        max_batch_in_flight=settings.max_batch_in_flight,
+        reuse_port=settings.reuse_port,
+        serving=False,
+    )
+    cleanup.push_async_callback(_drain, app, server, settings, signals)
+    return server
+
+
+async def _load(app: App, signals: _Signals, cleanup: contextlib.AsyncExitStack) -> None:
+    """Loads the models; returns sooner if a signal comes, and what is being loaded then ends in ``cleanup``."""
+    loading = asyncio.create_task(app.load())
+    cleanup.push_async_callback(asyncio.wait, [loading])
+    stopping = asyncio.create_task(signals.first.wait())
+    await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if loading.done():
+        await loading
+
+
+def _announce(app: App, server: RunningServer, metrics: Metrics) -> None:
+    """Tells health checks and metrics of the models, which are loaded."""
     for served in app.registry:
         server.health.set_model_serving(served.card.name, served.problem() is None)
         if served.engine:
@@ -144,11 +183,14 @@ async def _drain(app: App, server: RunningServer, settings: Settings, signals: _
     await stop
 
 
-def _serve_metrics(settings: Settings, metrics: Metrics) -> MetricsEndpoint | None:
+def _serve_metrics(settings: Settings, metrics: Metrics, cleanup: contextlib.AsyncExitStack) -> int | None:
+    """The port of the endpoint, if there is one."""
     if settings.metrics_listen is None:
         return None
     host, _, port = settings.metrics_listen.rpartition(":")
     try:
-        return serve_metrics(metrics, host=host.strip("[]"), port=int(port))
+        endpoint = serve_metrics(metrics, host=host.strip("[]"), port=int(port))
     except OSError as error:
         raise OSError(f"metrics_listen: cannot listen on {settings.metrics_listen}: {error.strerror}") from error
+    cleanup.callback(endpoint.close)
+    return endpoint.port

@@ -13,6 +13,7 @@ from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCar
 from headrace.backends.errors import BackendError
 from headrace.backends.hookspecs import hookimpl
 from headrace.backends.onnx.bundle import list_bundles
+from headrace.backends.onnx.cores import usable_cores
 
 
 class OnnxOptions(BaseModel):
@@ -20,8 +21,8 @@ class OnnxOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
-    """Threads that run a step; by default one for each processor this process may use."""
+    threads: int = Field(default_factory=lambda: usable_cores(os.sched_getaffinity(0)), ge=1)
+    """Threads that run a step; by default one for each physical core this process may use, within its CPU quota."""
     max_running: int = Field(32, ge=1, le=1024)
     """Sequences that run at once, per model."""
     kv_cache: ByteSize = Field(ByteSize(2**30), ge=2**20)

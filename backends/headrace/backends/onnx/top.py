@@ -75,7 +75,9 @@ class Top:
 
 
 class CompiledTop:
-    """The same by headrace-kernels, which must be installed and made for this processor."""
+    """The same by headrace-kernels, which must be installed and made for this processor. A second thread for half of
+    the rows gains nothing.
+    """
 
     def of(self, logits: NDArray[np.float32], k: int, temperature: NDArray[np.float32]) -> TopLogits:
         """``api.Logits.top`` of all rows of ``logits``."""

@@ -29,6 +29,7 @@ class Pacer:
         """How many they were for."""
         self._num_mixed = 0
         """Runs since then that had decodes and chunks."""
+        self._waited = False
         self._seconds_per_token: float | None = None
 
     def saw_decodes(self, num_decodes: int, seconds: float) -> None:
@@ -47,10 +48,13 @@ class Pacer:
         self.saw_chunks(num_tokens, max(seconds - (self._decode_seconds or 0), 0))
 
     def can_mix(self, num_decodes: int) -> bool:
-        """Whether it is known what so many decodes take alone. What a run of both says of its chunks is worth no more
-        than that, so now and then there must be one of decodes alone.
+        """Whether the next run may have both: it is known what so many decodes take alone. What a run of both says of
+        its chunks is worth no more than that, so now and then there must be one of decodes alone. Never twice in a
+        row: however the number of decodes goes up and down, prompts go on.
         """
-        return self._num_mixed < _MIXED_IN_A_ROW and self._is_near(num_decodes)
+        known = self._num_mixed < _MIXED_IN_A_ROW and self._is_near(num_decodes)
+        self._waited = not (known or self._waited)
+        return not self._waited
 
     def _is_near(self, num_decodes: int) -> bool:
         if self._decode_seconds is None:

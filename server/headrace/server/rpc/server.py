@@ -117,7 +117,10 @@ async def start_server(
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         await server.stop(None)
-        raise OSError(f"cannot listen on {address}: is it in use, or not an address of this machine?") from error
+        raise OSError(
+            f"cannot listen on {address}: it is in use, or not an address of this machine; servers share one if all of"
+            " them have the setting reuse_port, and one user"
+        ) from error
     await server.start()
     running = RunningServer(port, health, server, calls)
     running.set_serving(serving)
