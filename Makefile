@@ -70,6 +70,11 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(PIP) install --editable '.[serve,build,bench,dev]'
 	@touch $@ $(VENV)/.serve
 
+# For tests they are not.
+$(VENV)/.tested-kernels: $(VENV)/bin/python $(KERNELS)
+	$(PIP) install ./backends/kernels
+	@touch $@ $(VENV)/.kernels
+
 $(VENV)/.docs: $(VENV)/.dev
 	$(PIP) install --editable '.[docs]'
 	@touch $@
