@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from headrace.backends.api import DeterminismClass, Row
+from headrace.backends.errors import BackendError
 from headrace.backends.onnx import bundle
 from headrace.backends.onnx.build import build_bundle
 from headrace.backends.onnx.bundle import read_manifest
@@ -115,6 +116,15 @@ def test_a_token_has_the_same_bits_however_the_sequence_is_cut_and_whatever_shar
             assert logits.row(mine).tobytes() == alone[position - 1].tobytes()
         for taken in range(4):
             model.release(taken)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "stock"])
+def test_a_damaged_graph_is_a_typed_error(compiled: bool, tmp_path: Path) -> None:
+    folder = Case("llama", "int8", tmp_path).folder
+    graph = folder / (bundle.FUSED if compiled else bundle.GRAPH)
+    graph.write_bytes(bytes(graph.stat().st_size))
+    with pytest.raises(BackendError, match="the graph of model 'tiny' cannot be loaded"):
+        load(folder, compiled=compiled)
 
 
 def test_float32_and_per_channel_bundles_have_no_such_graph(tmp_path: Path) -> None:

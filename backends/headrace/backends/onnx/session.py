@@ -26,7 +26,7 @@ class Session(Protocol):
 
 
 def open_session(graph: Path, *, threads: int, spinning: bool, operators: Path | None = None) -> ort.InferenceSession:
-    """Loads a graph; ``operators`` is a library of operators that it uses."""
+    """Loads a graph; ``operators`` is a library of operators that it uses. Raises BackendError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -34,7 +34,12 @@ def open_session(graph: Path, *, threads: int, spinning: bool, operators: Path |
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     if operators is not None:
         options.register_custom_ops_library(str(operators))
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        raise BackendError(
+            f"the graph of model {graph.parent.name!r} cannot be loaded: is the bundle damaged?"
+        ) from error
 
 
 def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, logits: NDArray[np.float32]) -> None:
