@@ -34,6 +34,9 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
         blocks = padded.reshape(-1, num_blocks, block_size)
         largest = np.abs(blocks).max(axis=-1)
         rounded = (largest / np.float32(127)).astype(np.float16).astype(np.float32)
+        # Tiny halves are far apart: the next one, where nearly a step of the largest weight would be cut off.
+        above = np.nextafter(rounded.astype(np.float16), np.float16(np.inf)).astype(np.float32)
+        rounded = np.where(largest > np.float32(127.5) * rounded, above, rounded)
         # A block of zeros needs a scale that is not zero; any will do.
         scales[rows] = np.where(rounded > 0, rounded, np.float32(1))
         quotient = np.clip(blocks / scales[rows, :, None], -127, 127)
