@@ -19,10 +19,10 @@
 
 enum { QKV, CACHE, SLOTS, POSITIONS, COSINES, SINES, Q_NORM, K_NORM };
 static const input_spec INPUTS[] = {
-    [QKV] = {"qkv", ORT_FLOAT, false},         [CACHE] = {"cache", ORT_FLOAT16, false},
-    [SLOTS] = {"slots", ORT_INT32, false},     [POSITIONS] = {"positions", ORT_INT32, false},
-    [COSINES] = {"cosines", ORT_FLOAT, true},  [SINES] = {"sines", ORT_FLOAT, true},
-    [Q_NORM] = {"q_norm", ORT_FLOAT, true},    [K_NORM] = {"k_norm", ORT_FLOAT, true},
+    [QKV] = {ORT_FLOAT, false},         [CACHE] = {ORT_FLOAT16, false},
+    [SLOTS] = {ORT_INT32, false},     [POSITIONS] = {ORT_INT32, false},
+    [COSINES] = {ORT_FLOAT, true},  [SINES] = {ORT_FLOAT, true},
+    [Q_NORM] = {ORT_FLOAT, true},    [K_NORM] = {ORT_FLOAT, true},
 };
 COMMON_CALLBACKS("Attention", INPUTS)
 
@@ -124,13 +124,6 @@ static OrtStatus *check_tables(const OrtApi *ort, const tensor *positions, int64
   for (int64_t i = 0; i < positions->dims[0]; i++) {
     if (position[i] >= cosines->dims[0]) return invalid(ort, "headrace.Attention: a position is out of the cosines");
   }
-  return NULL;
-}
-
-static OrtStatus *run_tasks(const OrtApi *ort, OrtKernelContext *context, void (*task)(void *, size_t),
-                            size_t num_tasks, attention_job *job) {
-  if (num_tasks > 1) return ort->KernelContext_ParallelFor(context, task, num_tasks, num_tasks, job);
-  task(job, 0);
   return NULL;
 }
 

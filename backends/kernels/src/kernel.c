@@ -49,6 +49,13 @@ OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t row
   return ort->GetTensorMutableData(value, (void **)out);
 }
 
+OrtStatus *run_tasks(const OrtApi *ort, const OrtKernelContext *context, void (*task)(void *, size_t), size_t num_tasks,
+                     void *data) {
+  if (num_tasks > 1) return ort->KernelContext_ParallelFor(context, task, num_tasks, num_tasks, data);
+  task(data, 0);
+  return NULL;
+}
+
 /* --- registration ------------------------------------------------------------------------------------------------- */
 
 static OrtCustomOpDomain *domain; /* lives as long as the process: sessions keep pointing to it */

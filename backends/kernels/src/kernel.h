@@ -33,8 +33,11 @@ OrtStatus *read_constant(const OrtApi *ort, const OrtKernelInfo *info, size_t in
 
 OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t rows, int64_t columns, float **out);
 
+/* Runs tasks 0 .. num_tasks - 1, at least one, on the session's threads; a single one on the calling thread. */
+OrtStatus *run_tasks(const OrtApi *ort, const OrtKernelContext *context, void (*task)(void *, size_t), size_t num_tasks,
+                     void *data);
+
 typedef struct {
-  const char *name;
   int type;
   bool optional;
 } input_spec;

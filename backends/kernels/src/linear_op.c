@@ -19,13 +19,13 @@
 
 enum { X, VALUES, SCALES, MINIMA, NORM, BIAS, RESIDUAL, GATED_VALUES, GATED_SCALES, GATED_MINIMA };
 static const input_spec INPUTS[] = {
-    [X] = {"x", ORT_FLOAT, false},          [VALUES] = {"values", ORT_UINT8, false},
-    [SCALES] = {"scales", ORT_FLOAT, false}, [MINIMA] = {"minima", ORT_FLOAT, true},
-    [NORM] = {"norm", ORT_FLOAT, true},      [BIAS] = {"bias", ORT_FLOAT, true},
-    [RESIDUAL] = {"residual", ORT_FLOAT, true},
-    [GATED_VALUES] = {"gated_values", ORT_UINT8, true},
-    [GATED_SCALES] = {"gated_scales", ORT_FLOAT, true},
-    [GATED_MINIMA] = {"gated_minima", ORT_FLOAT, true},
+    [X] = {ORT_FLOAT, false},          [VALUES] = {ORT_UINT8, false},
+    [SCALES] = {ORT_FLOAT, false}, [MINIMA] = {ORT_FLOAT, true},
+    [NORM] = {ORT_FLOAT, true},      [BIAS] = {ORT_FLOAT, true},
+    [RESIDUAL] = {ORT_FLOAT, true},
+    [GATED_VALUES] = {ORT_UINT8, true},
+    [GATED_SCALES] = {ORT_FLOAT, true},
+    [GATED_MINIMA] = {ORT_FLOAT, true},
 };
 COMMON_CALLBACKS("Linear", INPUTS)
 
@@ -68,13 +68,6 @@ static void multiply_task(void *data, size_t task) {
   const size_t num_pieces = linear_num_pieces(&kernel->weights, kernel->gate);
   linear_multiply(&kernel->weights, &run->rows, kernel->gate, kernel->bias, run->residual, run->out,
                   num_pieces * task / run->num_tasks, num_pieces * (task + 1) / run->num_tasks);
-}
-
-static OrtStatus *run_tasks(const OrtApi *ort, OrtKernelContext *context, void (*task)(void *, size_t),
-                            size_t num_tasks, linear_run *run) {
-  if (num_tasks > 1) return ort->KernelContext_ParallelFor(context, task, num_tasks, num_tasks, run);
-  task(run, 0);
-  return NULL;
 }
 
 static OrtStatus *compute_rows(linear_run *run, OrtKernelContext *context) {

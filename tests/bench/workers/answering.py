@@ -10,10 +10,31 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 Measure = Callable[[Mapping[str, Any]], Any]
 """Runs one case and gives what JSON can carry."""
+
+
+class RawEngine(Protocol):
+    """What is measured of an engine: tokens per second."""
+
+    def decode(self, num_rows: int, num_cached: int, num_steps: int) -> float:
+        """Of ``num_steps`` steps of ``num_rows`` sequences with ``num_cached`` tokens each."""
+
+    def prefill(self, num_tokens: int) -> float:
+        """Of one prompt."""
+
+
+def measuring(engine: RawEngine) -> Measure:
+    """The ``Measure`` of an engine, for the cases of ``raw_pairs.py``."""
+
+    def measure(case: Mapping[str, Any]) -> float:
+        if case["kind"] == "prefill":
+            return engine.prefill(case["tokens"])
+        return engine.decode(case["rows"], case["cached"], case["steps"])
+
+    return measure
 
 
 def answer(load: Callable[[], tuple[str, Measure]]) -> None:

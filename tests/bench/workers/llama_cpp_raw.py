@@ -10,13 +10,13 @@ import ctypes
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from answering import Measure, answer
+from answering import Measure, answer, measuring
 
 _NUM_SEQUENCES = 32
 _SEQUENCE_TOKENS = 512
@@ -51,12 +51,7 @@ def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
         f" {arguments.threads} threads; {llama_cpp.llama_print_system_info().decode()}"
     )
 
-    def measure(case: Mapping[str, Any]) -> float:
-        if case["kind"] == "prefill":
-            return engine.prefill(case["tokens"])
-        return engine.decode(case["rows"], case["cached"], case["steps"])
-
-    return description, measure
+    return description, measuring(engine)
 
 
 class _Engine:

@@ -9,7 +9,6 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai
-from answering import Measure, answer
+from answering import Measure, answer, measuring
 
 _MAX_ROWS = 32
 _MAX_RUN_TOKENS = 16384
@@ -42,12 +41,7 @@ def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
     engine = _Engine(openvino_genai.ContinuousBatchingPipeline(arguments.gguf, scheduler, "CPU", properties))
     description = f"openvino-genai {version('openvino-genai')}, {arguments.gguf.name}, {arguments.threads} threads"
 
-    def measure(case: Mapping[str, Any]) -> float:
-        if case["kind"] == "prefill":
-            return engine.prefill(case["tokens"])
-        return engine.decode(case["rows"], case["cached"], case["steps"])
-
-    return description, measure
+    return description, measuring(engine)
 
 
 class _Engine:

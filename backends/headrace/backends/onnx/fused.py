@@ -17,14 +17,12 @@ Output: ``logits`` float32 [R, V].
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from headrace.backends.onnx.formulations import Blocks, Blockwise
-from headrace.backends.onnx.graph import DecoderConfig, Weights, matrix, rope_tables
+from headrace.backends.onnx.graph import DecoderConfig, Weights, matrix, stored_rope
 from headrace.backends.onnx.writer import HEADRACE, GraphBuilder, WeightFile
 
 _GATES = {"silu": 1, "gelu_tanh": 2}
@@ -69,9 +67,7 @@ class _FusedDecoder:
         frequencies = config.layers[layer].rope_frequencies
         rope = ["", ""]
         if frequencies is not None:
-            first = next(i for i, other in enumerate(config.layers) if other.rope_frequencies == frequencies)
-            names = [f"{first}.rope_cos", f"{first}.rope_sin"]
-            rope = [*graph.stored(names, lambda: rope_tables(frequencies, config.context_length))]
+            rope = [*stored_rope(graph, config, frequencies)]
         norms = [self._weight(f"{layer}.{part}_norm") for part in "qk"] if config.qk_norm else []
         return graph.node(
             "Attention",
@@ -150,7 +146,7 @@ class _FusedDecoder:
 
     def _signature(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
         config = self._config
-        value = partial(helper.make_tensor_value_info)
+        value = helper.make_tensor_value_info
         cache = [config.num_layers, 2, "S", config.num_kv_heads, "C", config.head_size]
         inputs = [
             value("input_ids", TensorProto.INT64, ["T"]),

@@ -128,6 +128,13 @@ def rope_tables(frequencies: Sequence[float], context_length: int) -> tuple[NDAr
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def stored_rope(graph: GraphBuilder, config: DecoderConfig, frequencies: Sequence[float]) -> Sequence[str]:
+    """The tables of a rotary embedding, stored once for all layers that share it."""
+    first = next(i for i, layer in enumerate(config.layers) if layer.rope_frequencies == frequencies)
+    names = [f"{first}.rope_cos", f"{first}.rope_sin"]
+    return graph.stored(names, lambda: rope_tables(frequencies, config.context_length))
+
+
 def matrix(config: DecoderConfig, weights: Weights, name: str, parts: Sequence[str]) -> Matrix:
     """The weights ``parts``, one below the other, to be called ``name``."""
     shapes = weight_shapes(config)
@@ -178,7 +185,7 @@ class _Decoder:
             attributes["local_window_size"] = window
         cos, sin = "", ""
         if frequencies is not None:
-            cos, sin = self._rope(frequencies)
+            cos, sin = stored_rope(graph, config, frequencies)
             attributes["do_rotary"] = 1
         qkv = self._qkv(layer, x)
         padded = graph.node("Gather", [qkv, "pad_index"], f"{layer}.padded", axis=0)
@@ -271,12 +278,6 @@ class _Decoder:
     def _weight(self, name: str, make: Callable[[], NDArray[np.float32]]) -> str:
         (stored,) = self._graph.stored([name], lambda: [make()])
         return stored
-
-    def _rope(self, frequencies: tuple[float, ...]) -> Sequence[str]:
-        """The tables of a rotary embedding, stored once for all layers that share it."""
-        first = next(i for i, layer in enumerate(self._config.layers) if layer.rope_frequencies == frequencies)
-        names = [f"{first}.rope_cos", f"{first}.rope_sin"]
-        return self._graph.stored(names, lambda: rope_tables(frequencies, self._config.context_length))
 
     def _signature(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
         config = self._config
