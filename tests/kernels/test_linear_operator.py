@@ -18,7 +18,9 @@ INPUTS = [
     *("gated_values", "gated_scales", "gated_minima"),
 ]
 RELATIVE = 1e-3
-"""Of a row's root mean square. Activations have 15 bits and a sign, for what is largest in their row."""
+"""Of a row's root mean square. Beside weights of 8 bits activations have 15 and a sign, for what is largest in their
+row; beside 4 bits ``multiplied`` says what they are.
+"""
 
 
 class Matrix:
@@ -55,6 +57,16 @@ def activations(rows: int, width: int, seed: int = 1) -> NDArray[np.float32]:
     return x
 
 
+def multiplied(x: NDArray[np.float32], bits: int) -> NDArray[np.float64]:
+    """What stands for ``x`` in a product: beside weights of 4 bits, 7 bits and a sign for the largest in a block."""
+    if bits == 8:
+        return x.astype(np.float64)
+    blocks = x.reshape(len(x), -1, 32)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    integers = np.rint(blocks * (np.float32(127) / np.where(largest > 0, largest, 1)))
+    return (integers.astype(np.float64) * largest / 127).reshape(x.shape)
+
+
 def assert_close(found: NDArray[Any], wanted: NDArray[Any]) -> None:
     """Row by row: each has a scale of its own."""
     size = np.sqrt((wanted.astype(np.float64) ** 2).mean(axis=1, keepdims=True))
@@ -63,12 +75,12 @@ def assert_close(found: NDArray[Any], wanted: NDArray[Any]) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 40])
 @pytest.mark.parametrize(
-    ("bits", "block", "minima"), [(8, 64, False), (8, 32, True), (4, 32, True), (4, 64, False), (8, 16, False)]
+    ("bits", "block", "minima"), [(8, 64, False), (8, 32, True), (4, 32, True), (4, 32, False), (8, 16, False)]
 )
 def test_a_product_is_that_of_the_weights_it_stands_for(rows: int, bits: int, block: int, minima: bool) -> None:
     matrix, x = Matrix(72, 192, bits, block, minima=minima), activations(rows, 192)
     operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), bits=bits, gate=0, epsilon=0.0)
-    assert_close(operator(x=x), x.astype(np.float64) @ matrix.weight.T)
+    assert_close(operator(x=x), multiplied(x, bits) @ matrix.weight.T)
 
 
 def test_a_width_that_fills_no_whole_block_is_padded() -> None:
@@ -93,15 +105,27 @@ def test_no_width_or_number_of_outputs_is_too_odd(outputs: int, width: int) -> N
     assert (np.abs(operator(x=x) - wanted) <= RELATIVE * size).all()
 
 
+def test_the_largest_integers_overflow_no_sum() -> None:
+    matrix = Matrix(16, 64, 4, 32, minima=True)
+    matrix.values[:] = 0xFF
+    for sign in (1, -1):
+        x = np.full((7, 64), sign, np.float32)
+        operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), bits=4, gate=0, epsilon=0.0)
+        assert matrix.minima is not None
+        wanted = sign * 32 * (15 * matrix.scales + matrix.minima).sum(axis=1, dtype=np.float64)
+        assert operator(x=x) == pytest.approx(np.tile(wanted, (7, 1)), rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 12, 98])
 @pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_row_that_is_not_finite_gives_nothing_finite_and_leaves_others_alone(
-    number: float, place: int, normed: bool
+    number: float, place: int, normed: bool, bits: int
 ) -> None:
-    matrix, x = Matrix(48, 128, 8, 64, minima=True), activations(9, 99)
+    matrix, x = Matrix(48, 128, bits, 32, minima=True), activations(9, 99)
     constants = matrix.constants() | ({"norm": np.ones(99, np.float32)} if normed else {})
-    operator = Operator("Linear", INPUTS, {"x": x}, constants, bits=8, gate=0, epsilon=1e-5)
+    operator = Operator("Linear", INPUTS, {"x": x}, constants, bits=bits, gate=0, epsilon=1e-5)
     before = operator(x=x)
     x[3, place] = number
     after = operator(x=x)
@@ -109,10 +133,11 @@ def test_a_row_that_is_not_finite_gives_nothing_finite_and_leaves_others_alone(
     assert np.delete(after, 3, axis=0).tobytes() == np.delete(before, 3, axis=0).tobytes()
 
 
-def test_numbers_that_all_but_vanish_count_as_zeros() -> None:
-    matrix = Matrix(48, 64, 8, 64, minima=False)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_that_all_but_vanish_count_as_zeros(bits: int) -> None:
+    matrix = Matrix(48, 64, bits, 32, minima=False)
     x = np.full((2, 64), 1e-42, np.float32)
-    operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), bits=8, gate=0, epsilon=0.0)
+    operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), bits=bits, gate=0, epsilon=0.0)
     assert (operator(x=x) == 0).all()
 
 
@@ -135,7 +160,8 @@ def test_a_gate_multiplies_the_second_product(gate: int) -> None:
     x = np.random.default_rng(6).normal(size=(10, 96)).astype(np.float32)
     constants = {**first.constants(), **second.constants("gated_")}
     operator = Operator("Linear", INPUTS, {"x": x}, constants, bits=4, gate=gate, epsilon=0.0)
-    g, u = x @ first.weight.T, x @ second.weight.T
+    seen = multiplied(x, 4)
+    g, u = seen @ first.weight.T, seen @ second.weight.T
     if gate == 1:
         activated = g / (1 + np.exp(-g))
     else:
@@ -144,10 +170,12 @@ def test_a_gate_multiplies_the_second_product(gate: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(threads: int) -> None:
-    matrix, x = Matrix(208, 576, 8, 64, minima=False), activations(64, 576)
-    alone = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), threads=1, bits=8, gate=0, epsilon=0.0)
-    operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), threads=threads, bits=8, gate=0, epsilon=0.0)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(threads: int, bits: int) -> None:
+    matrix, x = Matrix(208, 576, bits, 32, minima=bits == 4), activations(64, 576)
+    attributes = {"bits": bits, "gate": 0, "epsilon": 0.0}
+    alone = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), threads=1, **attributes)
+    operator = Operator("Linear", INPUTS, {"x": x}, matrix.constants(), threads=threads, **attributes)
     rows = [alone(x=x[i : i + 1]).tobytes() for i in range(64)]
     for first, last in ((0, 64), (3, 5), (10, 31), (7, 13), (60, 64)):
         together = operator(x=x[first:last].copy())
@@ -173,6 +201,7 @@ def test_no_rows_give_no_rows() -> None:
         ({"values": np.ones((32, 1, 0), np.uint8)}, "a weight has no elements"),
         ({"values": np.ones((32, 1, 12), np.uint8)}, "a multiple of 8 weights"),
         ({"values": np.ones((32, 1, 264), np.uint8)}, "a multiple of 8 weights, at most 256"),
+        ({"bits": 4}, "with 4 bits 32"),
         ({"values": np.ones((32, 1, 1, 1, 1, 1, 64), np.uint8)}, "more than 6 dimensions"),
         ({"norm": np.ones(0, np.float32)}, "a weight has no elements"),
         ({"norm": np.ones(65, np.float32)}, "norm must be \\[width\\]"),

@@ -1,30 +1,32 @@
 /* Products of rows of floats with a quantised matrix.
  *
  * Weights are integers of 8 or 4 bits in blocks along the inputs, each block with a scale and, perhaps, a minimum:
- * weight = scale x integer + minimum. A row of activations becomes integers of 16 bits with one scale, which loses
- * nothing that shows; a product of integers is exact, so a row's result has the same bits whatever rows are computed
- * beside it, and however work is divided.
+ * weight = scale x integer + minimum. Activations become integers too. A product of integers is exact, so a row's result
+ * has the same bits whatever rows are computed beside it, and however work is divided.
  *
- * 16 bits cost nothing here: without VNNI, multiplying bytes takes two multiplications (one in pairs, one that widens
- * the sums), multiplying 16-bit integers one for half as many. */
+ * Beside weights of 8 bits, activations have 16, with one scale for a row, which loses nothing that shows. It costs
+ * nothing: without VNNI, multiplying bytes takes two multiplications (one in pairs, one that widens the sums),
+ * multiplying 16-bit integers one for half as many. Beside weights of 4 bits they have 8, with a scale for each block:
+ * then sums of pairs still fit 16 bits, and one multiplication does twice as many. */
 #pragma once
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define TILE 16 /* outputs that are computed together */
+#define TILE 16       /* outputs that are computed together */
+#define BYTE_BLOCK 32 /* weights of 4 bits in a block */
 
 typedef struct {
   size_t outputs, inputs; /* inputs: padded to whole blocks */
-  size_t block_size;      /* inputs; a multiple of 8, at most 256 */
+  size_t block_size;      /* inputs; a multiple of 8, at most 256; with 4 bits BYTE_BLOCK */
   size_t num_blocks;
   size_t num_tiles;
   int bits; /* 8 or 4 */
   bool has_minima;
   bool half_scales;
   /* For each tile, pairs of inputs one after another, each with its 16 outputs: int8 [inputs / 2][TILE][2]. With 4 bits
-   * unsigned and two pairs a byte, the first in the lower half: [inputs / 4][TILE][2]. */
+   * unsigned and eight inputs in four bytes, the first four in the lower halves: [inputs / 8][TILE][4]. */
   uint8_t *values;
   /* [num_tiles][num_blocks][TILE], of float, or of halves where they hold every one exactly. */
   void *scales, *minima;
@@ -36,9 +38,9 @@ typedef enum { GATE_NONE, GATE_SILU, GATE_GELU_TANH } linear_gate;
  * inputs of each row, then the next two, and so on. */
 typedef struct {
   size_t count;
-  int16_t *values; /* count x inputs */
-  float *scales;   /* [count] */
-  float *sums;     /* [count][num_blocks]: of each block's values */
+  void *values;  /* count x inputs, of int16_t, or int8_t with weights of 4 bits */
+  float *scales; /* [count], or [count][num_blocks] with weights of 4 bits */
+  float *sums;   /* [count][num_blocks]: of each block's values; times their scales, with weights of 4 bits */
 } linear_rows;
 
 /* Packs a matrix [outputs, width] whose integers lie as com.microsoft.MatMulNBits has them: values

@@ -104,12 +104,12 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   CHECK(make_output(ort, context, x.dims[0], (int64_t)outputs, &run.out));
   const size_t count = run.rows.count;
   if (!count) return NULL;
-  /* One piece of memory: values, then sums, then scales. */
+  /* One piece of memory: values, then sums, then scales, which are no more than sums. */
   const size_t values_size = (count * w->inputs * sizeof(int16_t) + 63) / 64 * 64;
   char *memory;
-  CHECK(ort->AllocatorAlloc(kernel->allocator, values_size + count * (w->num_blocks + 1) * sizeof(float),
+  CHECK(ort->AllocatorAlloc(kernel->allocator, values_size + 2 * count * w->num_blocks * sizeof(float),
                             (void **)&memory));
-  run.rows.values = (int16_t *)memory;
+  run.rows.values = memory;
   run.rows.sums = (float *)(memory + values_size);
   run.rows.scales = run.rows.sums + count * w->num_blocks;
   OrtStatus *status = compute_rows(&run, context);
@@ -192,8 +192,8 @@ static OrtStatus *read_kernel(linear_kernel *kernel, const OrtKernelInfo *info) 
   CHECK(read_matrix(ort, info, VALUES, SCALES, MINIMA, &first));
   const int64_t outputs = first.values.dims[0], num_blocks = first.values.dims[1];
   const int64_t block_size = first.values.dims[2] * 8 / bits;
-  if (block_size % 8 || block_size > 256) {
-    return invalid(ort, "headrace.Linear: a block must have a multiple of 8 weights, at most 256");
+  if (bits == 8 ? block_size % 8 || block_size > 256 : block_size != BYTE_BLOCK) {
+    return invalid(ort, "headrace.Linear: a block must have a multiple of 8 weights, at most 256; with 4 bits 32");
   }
   if (gate) {
     CHECK(read_matrix(ort, info, GATED_VALUES, GATED_SCALES, GATED_MINIMA, &second));

@@ -62,7 +62,11 @@ typedef struct {
   /* 230 */ OrtStatus *(*KernelInfo_GetInputCount)(const OrtKernelInfo *info, size_t *out);
   SKIP(231, 231);
   /* 232 */ OrtStatus *(*KernelInfo_GetInputName)(const OrtKernelInfo *info, size_t index, char *out, size_t *size);
-  SKIP(233, 248);
+  SKIP(233, 236);
+  /* 237 */ OrtStatus *(*HasSessionConfigEntry)(const OrtSessionOptions *options, const char *key, int *out);
+  /* 238 */ OrtStatus *(*GetSessionConfigEntry)(const OrtSessionOptions *options, const char *key, char *out,
+                                                size_t *size);
+  SKIP(239, 248);
   /* 249 */ OrtStatus *(*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo *info, size_t index, int *is_constant,
                                                             const OrtValue **out);
   SKIP(250, 273);
