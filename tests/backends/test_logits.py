@@ -86,7 +86,8 @@ def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(make: Make) -> None:
 def test_edits_of_a_row_are_seen_and_the_lowest_id_wins_a_tie(make: Make) -> None:
     logits = make(np.zeros((2, 70), np.float32))
     logits.row(1)[[5, 69]] = 1.0
-    assert logits.greedy().tolist() == [0, 5]
+    assert logits.greedy([0, 1]).tolist() == [0, 5]
+    assert logits.greedy([1]).tolist() == [5]
     assert logits.top([1], 3, np.ones(1, np.float32)).token_ids.tolist() == [[5, 69, 0]]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from mmap import PAGESIZE
 
 import numpy as np
 import pytest
@@ -14,7 +16,13 @@ LAYERS, SLOTS, HEADS, CAPACITY, HEAD_SIZE = 3, 6, 2, 4096, 64
 TOKEN_BYTES = LAYERS * 2 * HEADS * HEAD_SIZE * 4
 
 
-def make(num_tokens: int = 2000, *, head_size: int = HEAD_SIZE, capacity: int = CAPACITY) -> KvMemory:
+def make(
+    num_tokens: int = 2000,
+    *,
+    head_size: int = HEAD_SIZE,
+    capacity: int = CAPACITY,
+    dtype: type[np.generic] = np.float32,
+) -> KvMemory:
     return KvMemory(
         num_layers=LAYERS,
         num_slots=SLOTS,
@@ -22,7 +30,7 @@ def make(num_tokens: int = 2000, *, head_size: int = HEAD_SIZE, capacity: int = 
         capacity=capacity,
         head_size=head_size,
         num_tokens=num_tokens,
-        dtype=np.float32,
+        dtype=dtype,
     )
 
 
@@ -35,7 +43,7 @@ def kv() -> Iterator[KvMemory]:
 
 def physical_bytes(memory: KvMemory) -> int:
     """What the operating system says it has given to the mapping."""
-    start, size = memory.address(0, 0, 0), memory._cells.nbytes
+    start, size = memory.address(0, 0, 0), len(memory._map)
     total, inside = 0, False
     with open("/proc/self/smaps") as smaps:  # noqa: PTH123  # a file of the kernel's
         for line in smaps:
@@ -113,19 +121,71 @@ def test_what_is_written_in_one_slot_is_in_no_other(kv: KvMemory) -> None:
         assert (kv._cells[:, :, slot, :, :600] == slot + 1).all()
 
 
+def int8_bytes(num_tokens: int) -> int:
+    """What a slot takes: cells in whole pages, as multiples of 128 tokens are, then factors of two bytes."""
+    pages = rounded(num_tokens) * HEAD_SIZE // PAGESIZE - (-rounded(num_tokens) * 2 // PAGESIZE)
+    return LAYERS * 2 * HEADS * PAGESIZE * pages
+
+
+def test_memory_of_int8_and_of_its_factors_is_physical_only_where_it_is_used() -> None:
+    kv = make(4300, dtype=np.int8)
+    before = physical_bytes(kv)
+    kv.reserve(2, 4000)
+    kv.touch(2, 300)
+    assert physical_bytes(kv) - before == int8_bytes(300)
+    kv.touch(2, 4000)
+    assert physical_bytes(kv) - before == int8_bytes(4000)
+    kv.release(2)
+    kv.reserve(2, 100)
+    assert physical_bytes(kv) - before == int8_bytes(100)
+    kv.release(2)
+    kv.reserve(5, 4096)
+    kv.touch(5, 4096)
+    assert physical_bytes(kv) - before == int8_bytes(100) + int8_bytes(4096)
+    kv.reserve(3, 100)
+    kv.touch(3, 100)
+    assert kv._resident[2] == 0
+    assert physical_bytes(kv) - before == int8_bytes(100) + int8_bytes(4096), "slot 2 gave its factors back too"
+    kv.close()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
 @pytest.mark.parametrize("head_size", [16, 32, 48, 64, 72, 80, 96, 112, 128, 192, 256])
-def test_every_head_size_can_be_given_back_page_by_page(head_size: int) -> None:
-    kv = make(3000, head_size=head_size, capacity=1000)
+def test_every_head_size_can_be_given_back_page_by_page(head_size: int, dtype: type[np.generic]) -> None:
+    kv = make(3000, head_size=head_size, capacity=1000, dtype=dtype)
+    assert kv.capacity >= 1000
+    assert math.prod(kv.shape) * max(np.dtype(dtype).itemsize, 2) == len(kv._map)
     kv.reserve(1, 1000)
     kv.touch(1, 1000)
     kv.reserve(2, 900)
     kv.touch(2, 900)
-    kv._cells[:, :, 2, :, :900] = 5
+    for plane in kv._planes:
+        plane[:, :, 2, :, :900] = 5
     kv.release(1)
     kv.reserve(1, 10)
     kv.touch(1, 10)
-    assert (kv._cells[:, :, 2, :, :900] == 5).all()
-    assert kv._resident[1] < 400
+    for plane in kv._planes:
+        assert (plane[:, :, 2, :, :900] == 5).all()
+        assert not plane[:, :, 1, :, kv._resident[1] : 1000].any(), "pages that were given back are zeros"
+    assert kv._resident[1] <= 512
+    del plane
+    kv.close()
+
+
+def test_a_copy_of_int8_has_its_factors() -> None:
+    kv = make(dtype=np.int8)
+    cells, factors = kv._planes
+    kv.reserve(0, 500)
+    kv.touch(0, 500)
+    cells[:, :, 0, :, :64], factors[:, :, 0, :, :64] = 3, 0.25
+    cells[:, :, 0, :, 64:500], factors[:, :, 0, :, 64:500] = 4, 0.5
+    kv.reserve(3, 200)
+    kv.copy(0, 3, 64)
+    assert (cells[:, :, 3, :, :64] == 3).all()
+    assert (factors[:, :, 3, :, :64] == 0.25).all()
+    assert not cells[:, :, 3, :, 64:500].any()
+    assert not factors[:, :, 3, :, 64:500].any()
+    del cells, factors
     kv.close()
 
 
@@ -166,6 +226,26 @@ class Accounting(RuleBasedStateMachine):
         self.kv.touch(slot, num_tokens)
         self.kv._cells[0, 0, slot, 0, self.used[slot] : num_tokens] = slot + 1
         self.used[slot] = num_tokens
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.reserved)))
+        room = min(CAPACITY, self.kv.num_tokens - sum(self.reserved.values()) + self.reserved[slot])
+        self.used[slot] = data.draw(st.integers(0, self.used[slot]))
+        self.reserved[slot] = data.draw(st.integers(max(1, self.used[slot]), room))
+        self.kv.resize(slot, self.reserved[slot])
+
+    @precondition(lambda self: len(self.reserved) > 1)
+    @rule(data=st.data())
+    def copy(self, data: st.DataObject) -> None:
+        source, target = data.draw(st.permutations(sorted(self.reserved)))[:2]
+        num_tokens = min(self.used[source], self.reserved[target]) // 16 * 16
+        self.kv.copy(source, target, num_tokens)
+        copied: np.ndarray = self.kv._cells[:, :, target, :, :num_tokens]
+        assert (copied == self.kv._cells[:, :, source, :, :num_tokens]).all()
+        self.used[target] = num_tokens
+        self.kv._cells[0, 0, target, 0, :num_tokens] = target + 1
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data())

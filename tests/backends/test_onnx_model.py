@@ -4,12 +4,15 @@ it, and wherever it lies.
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from headrace.backends.api import BackendContext, DeterminismClass, Row
 from headrace.backends.errors import BackendError
@@ -23,9 +26,9 @@ NUM_SLOTS = 32
 VOCABULARY_SIZE = 49_152
 
 
-@pytest.fixture(scope="module", params=["ONNX Runtime's operators", "compiled operators"])
+@pytest.fixture(scope="module", params=["ONNX Runtime's operators", "compiled operators", "compiled operators, int8"])
 def model(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[OnnxModel]:
-    compiled = request.param == "compiled operators"
+    compiled = request.param.startswith("compiled operators")
     if compiled and compiled_operators() is None:
         pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
     manifest = read_manifest(smollm2)
@@ -38,6 +41,7 @@ def model(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[OnnxModel]:
         num_kv_bytes=2**29,
         spinning=False,
         operators=compiled_operators() if compiled else None,
+        int8_cache=request.param.endswith("int8"),
     )
     yield loaded
     loaded.close()
@@ -164,7 +168,7 @@ def test_rows_that_want_no_logits_get_none_and_the_others_keep_their_order(
         rows = [Row(slot, 0, lines[5 + i][0], wants_logits=i != 1) for i, slot in enumerate(slots)]
         logits = model.step(rows)
         assert [logits.row(i).tobytes() for i in range(4)] == [lines[5 + i][2][0] for i in (0, 2, 3, 4)]
-        assert logits.greedy().shape == (4,)
+        assert logits.greedy(range(4)).shape == (4,)
 
 
 def test_a_sequence_that_stands_still_between_others_is_not_touched(
@@ -206,7 +210,7 @@ def test_the_model_continues_text_sensibly(model: OnnxModel) -> None:
     tokens = list(model.tokenizer.encode("The capital of France is").ids)
     with reserved(model, 0):
         logits = model.step([Row(0, 0, tokens, wants_logits=True)])
-        assert model.tokenizer.token_bytes(int(logits.greedy()[0])) == b" Paris"
+        assert model.tokenizer.token_bytes(int(logits.greedy([0])[0])) == b" Paris"
 
 
 # --- how rows are put into runs
@@ -267,6 +271,31 @@ def test_the_compiled_operators_keep_twice_as_many_tokens_in_the_same_memory(smo
         assert loaded.num_kv_tokens == 64 * 2**20 // (30 * 2 * 3 * 64 * 2)
     finally:
         loaded.close()
+
+
+def test_a_cache_of_int8_keeps_nearly_twice_as_many_again_and_says_so(
+    smollm2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if compiled_operators() is None:
+        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
+    options = OnnxOptions(max_running=2, kv_cache="64MiB", threads=1, kv_cache_dtype="int8")
+    with caplog.at_level(logging.INFO, logger="headrace.backends.onnx"):
+        loaded = OnnxBackend(options, BackendContext(smollm2.parent)).load(smollm2.name)
+    try:
+        assert loaded.num_kv_tokens == 64 * 2**20 // (30 * 2 * 3 * (64 + 2))
+        assert f"compiled operators; its cache holds {loaded.num_kv_tokens} tokens in int8" in caplog.text
+    finally:
+        loaded.close()
+
+
+def test_a_cache_of_int8_is_refused_where_the_compiled_operators_are_off_or_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValidationError, match="int8 needs compiled_operators"):
+        OnnxOptions(kv_cache_dtype="int8", compiled_operators=False)
+    monkeypatch.setitem(sys.modules, "headrace_kernels", None)
+    with pytest.raises(ValidationError, match="install headrace-kernels"):
+        OnnxOptions(kv_cache_dtype="int8")
 
 
 def test_an_empty_or_missing_folder_offers_nothing(tmp_path: Path) -> None:

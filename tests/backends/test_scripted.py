@@ -45,7 +45,7 @@ def test_it_says_its_answer_and_then_the_end() -> None:
     for _ in range(3):
         logits = script.step([Row(0, cached, tokens[cached:], wants_logits=True)])
         cached = len(tokens)
-        said.append(int(logits.greedy()[0]))
+        said.append(int(logits.greedy([0])[0]))
         tokens.append(said[-1])
     assert said == [*b"hi", EOS]
 
@@ -71,7 +71,7 @@ def test_a_step_that_breaks_the_contract_is_refused(rows: list[Row], broken: str
 
 
 def test_a_reservation_that_breaks_the_contract_is_refused() -> None:
-    script = model(num_slots=2, num_kv_tokens=30)
+    script = model(num_slots=1, num_spare_slots=1, num_kv_tokens=30)
     script.reserve(0, 20)
     with pytest.raises(AssertionError, match="reserved twice"):
         script.reserve(0, 1)

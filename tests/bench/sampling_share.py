@@ -29,6 +29,7 @@ _KINDS: Mapping[str, tuple[Sampling, int | None]] = {
     "temperature 1": (Sampling(temperature=1.0), None),
     "temperature 1, top_p 0.95": (Sampling(temperature=1.0, top_p=0.95), None),
     "temperature 0.8, top_p 0.95": (Sampling(temperature=0.8, top_p=0.95), None),
+    "temperature 1, min_p 0.05": (Sampling(temperature=1.0, min_p=0.05), None),
     "temperature 0.8, top_k 40": (Sampling(temperature=0.8, top_k=40), None),
     "temperature 0.8, top_k 40, top_p 0.95, min_p 0.05": (
         Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
@@ -105,7 +106,7 @@ def _step(model: StepModel, sequences: Sequence[list[int]], states: Sequence[Sam
     began = time.perf_counter()
     logits = model.step(rows)
     stepped = time.perf_counter()
-    sampled = sample(logits, states, [()] * len(rows))
+    sampled = sample(logits, range(len(rows)), states, [()] * len(rows))
     ended = time.perf_counter()
     for tokens, one in zip(sequences, sampled, strict=True):
         assert not isinstance(one, Exception)

@@ -314,17 +314,17 @@ class PadsTheVocabulary(StepModel):
         return HostLogits(np.concatenate([array, np.zeros((len(array), 7), np.float32)], axis=1))
 
 
-@caught_by("test_greedy_and_top_say_what_row_says", "greedy() is the token")
+@caught_by("test_greedy_top_and_draw_say_what_row_says", "greedy() is the token")
 class GreedyIsSecond(StepModel):
     def step(self, rows):
         class Second(HostLogits):
-            def greedy(self):
-                return np.argsort(self._array, axis=1)[:, -2]
+            def greedy(self, rows):
+                return np.argsort(self._array, axis=1)[list(rows), -2]
 
         return Second(array_of(super().step(rows)))
 
 
-@caught_by("test_greedy_and_top_say_what_row_says", "log_sum_exp is that of the row's logits / 0.5")
+@caught_by("test_greedy_top_and_draw_say_what_row_says", "log_sum_exp is that of the row's logits / 0.5")
 class NormalisesWithoutTemperature(StepModel):
     def step(self, rows):
         class Cold(HostLogits):
@@ -334,7 +334,17 @@ class NormalisesWithoutTemperature(StepModel):
         return Cold(array_of(super().step(rows)))
 
 
-@caught_by("test_greedy_and_top_say_what_row_says", "rows say")
+@caught_by("test_greedy_top_and_draw_say_what_row_says", "draw() gives the token at which")
+class DrawsTheLikeliest(StepModel):
+    def step(self, rows):
+        class Greedy(HostLogits):
+            def draw(self, rows, options):
+                return self.greedy(rows)
+
+        return Greedy(array_of(super().step(rows)))
+
+
+@caught_by("test_greedy_top_and_draw_say_what_row_says", "rows say")
 class IgnoresWhatIsWrittenToARow(StepModel):
     def step(self, rows):
         class Copies(HostLogits):
@@ -435,6 +445,76 @@ class LogitsGoWithTheirSlot(StepModel):
         super().release(slot)
         if self.last is not None:
             array_of(self.last)[:] = 0
+
+
+# --- prefixes ------------------------------------------------------------------------------------------------------
+
+
+@caught_by("test_a_copied_beginning_is_as_good_as_one_that_was_run", "after a copied beginning")
+class CopiesSomethingElse(StepModel):
+    def copy_prefix(self, source, target, num_tokens):
+        super().copy_prefix(source, target, num_tokens)
+        self._slots[target][0] += 1
+
+
+@caught_by("test_a_copy_and_its_source_go_their_own_ways", "as if nothing had been")
+class SharesWhatItShouldCopy(StepModel):
+    def copy_prefix(self, source, target, num_tokens):
+        super().copy_prefix(source, target, num_tokens)
+        self.copied = source, target
+
+    def release(self, slot):
+        super().release(slot)
+        if getattr(self, "copied", None) is not None and self.copied[1] == slot:
+            self._slots[self.copied[0]][0] += 1
+            self.copied = None
+
+
+@caught_by("test_a_slot_that_was_cut_short_goes_on_from_there", "was cut short")
+class KeepsWhatItShouldCut(StepModel):
+    cut = frozenset()
+
+    def truncate(self, slot, num_cached_tokens, num_tokens):
+        super().truncate(slot, num_cached_tokens, num_tokens)
+        self.cut |= {slot}
+
+    def release(self, slot):
+        super().release(slot)
+        self.cut -= {slot}
+
+    def _logits(self, slot):
+        return super()._logits(slot) + np.float32(1e-4 * (slot in self.cut))
+
+
+@caught_by("test_what_a_slot_gives_up_is_there_for_others", "no room is left")
+class GivesNothingUp(StepModel):
+    def reserve(self, slot, num_tokens):
+        if self.num_reserved_tokens + num_tokens > self.num_kv_tokens:
+            raise BackendError("no room is left")
+        super().reserve(slot, num_tokens)
+
+    def truncate(self, slot, num_cached_tokens, num_tokens):
+        super().truncate(slot, num_cached_tokens, max(num_tokens, self._reserved[slot]))
+
+
+@caught_by("test_decoded_tokens_are_as_good_as_those_of_chunks_if_it_says_so", "tokens that were decoded")
+class DecodesLeaveOtherBits(StepModel):
+    def __init__(self):
+        super().__init__()
+        self.decoded = {}
+
+    def step(self, rows):
+        for row in rows:
+            if row.num_cached_tokens == 0:
+                self.decoded[row.slot] = 0
+            elif len(row.token_ids) > 1:
+                self.decoded[row.slot] = self.decoded.get(row.slot, 0)
+            elif row.num_cached_tokens < self.chunk_alignment:
+                self.decoded[row.slot] += 1
+        return super().step(rows)
+
+    def _logits(self, slot):
+        return super()._logits(slot) + np.float32(1e-4 * self.decoded.get(slot, 0))
 
 
 # --- streams -------------------------------------------------------------------------------------------------------

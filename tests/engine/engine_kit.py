@@ -18,6 +18,7 @@ from headrace.backends.types import (
     Event,
     GenerateRequest,
     LatencyClass,
+    Principal,
     Prompt,
     ResponseOptions,
     Sampling,
@@ -52,10 +53,14 @@ def scripted(**options: object) -> ScriptedStepModel:
 
 @asynccontextmanager
 async def running_engine(
-    model: ScriptedStepModel, *, clock: Callable[[], float] = time.monotonic, max_queued: int = 1000
+    model: ScriptedStepModel,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    max_queued: int = 1000,
+    prefix_cache: bool = True,
 ) -> AsyncIterator[Engine]:
     """An engine on ``model``; when it is closed, the model checks that no slot is left in use."""
-    engine = Engine(model, clock=clock, max_queued=max_queued)
+    engine = Engine(model, clock=clock, max_queued=max_queued, prefix_cache=prefix_cache)
     try:
         yield engine
     finally:
@@ -74,6 +79,8 @@ def make_call(
     scheduling: Scheduling | None = None,
     arrived: float | None = None,
     deadline: float | None = None,
+    tenant: str = "tenant",
+    use_prefix_cache: bool = True,
 ) -> Call:
     """A call as ``tokenize`` leaves it; tokens are bytes."""
     ids = prompt.encode() if isinstance(prompt, str) else prompt
@@ -86,12 +93,14 @@ def make_call(
         stopping=stopping or Stopping(),
         response=response or ResponseOptions(token_ids=True),
         scheduling=scheduling or Scheduling(),
+        use_prefix_cache=use_prefix_cache,
     )
     return Call(
         request=request,
         request_id=f"call-{next(_numbers)}",
         arrived=time.monotonic() if arrived is None else arrived,
         deadline=deadline,
+        principal=Principal(tenant),
         prompt=Prompt(text, tuple(ids)),
         max_new_tokens=max_new_tokens,
     )
@@ -161,17 +170,22 @@ def letters(prompt: str | bytes, count: int) -> str:
 
 
 def make_sequence(
-    num_prompt_tokens: int,
+    prompt: int | bytes,
     max_new_tokens: int,
     *,
     latency_class: LatencyClass = LatencyClass.CHAT,
     priority: int = 0,
     stream: EventStream | None = None,
+    tenant: str = "tenant",
+    use_prefix_cache: bool = True,
 ) -> Sequence:
-    """A sequence as the engine hands it to its scheduler."""
+    """A sequence as the engine hands it to its scheduler; a number stands for any prompt of that length."""
+    ids = b"p" * prompt if isinstance(prompt, int) else prompt
     call = make_call(
-        b"p" * num_prompt_tokens,
+        ids,
         max_new_tokens=max_new_tokens,
+        tenant=tenant,
+        use_prefix_cache=use_prefix_cache,
         scheduling=Scheduling(latency_class=latency_class, priority=priority),
     )
     assert call.prompt is not None
@@ -181,7 +195,7 @@ def make_sequence(
         choice=0,
         seed=0,
         tokens=list(call.prompt.token_ids),
-        num_prompt_tokens=num_prompt_tokens,
+        num_prompt_tokens=len(ids),
         max_new_tokens=max_new_tokens,
         stop_token_ids=frozenset(),
         eos_token_ids=frozenset(),

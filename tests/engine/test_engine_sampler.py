@@ -8,6 +8,7 @@ from hypothesis import example, given, reject
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from headrace.backends.errors import BackendError
 from headrace.backends.logits import HostLogits
 from headrace.backends.types import Sampling
 from headrace.server.engine.sampler import Sampled, SamplingState, sample
@@ -27,7 +28,8 @@ def state(
 def draw(row: NDArray[np.float32], states: Sequence[SamplingState], forbidden: Sequence[int] = ()) -> list[int]:
     """One token for each state, all from the same logits."""
     array = np.tile(row, (len(states), 1))
-    return [sampled.token_id for sampled in sample(HostLogits(array), states, [forbidden] * len(states))]
+    everywhere = [forbidden] * len(states)
+    return [sampled.token_id for sampled in sample(HostLogits(array), range(len(states)), states, everywhere)]
 
 
 def random_row(size: int, seed: int, scale: float = 2.0) -> NDArray[np.float32]:
@@ -48,8 +50,8 @@ def reference(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     forbidden: Sequence[int] = (),
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The probabilities of all tokens, and the tokens from the likeliest on. Raises NearTie."""
+) -> NDArray[np.float64]:
+    """The probabilities of all tokens. Raises NearTie."""
     logits = [float(x) for x in row]
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
@@ -65,7 +67,7 @@ def reference(
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
     if sampling.temperature == 0:
-        return np.eye(row.size)[order[0]], order
+        return np.eye(row.size)[order[0]]
     p[order[sampling.top_k :]] = 0 if sampling.top_k else p[order[sampling.top_k :]]
     p /= p.sum()
     if sampling.top_p < 1:
@@ -79,7 +81,7 @@ def reference(
             surprise = -np.log(p)
         entropy = sum(x * s for x, s in zip(p, surprise, strict=True) if x > 0)
         p = keep_until(p, np.array(sorted(order, key=lambda i: abs(surprise[i] - entropy))), sampling.typical_p)
-    return p, order
+    return p
 
 
 def keep_until(p: NDArray[np.float64], order: NDArray[np.int64], mass: float) -> NDArray[np.float64]:
@@ -97,8 +99,8 @@ def keep_until(p: NDArray[np.float64], order: NDArray[np.int64], mass: float) ->
 
 def check_exact(row: NDArray[np.float32], sampling: Sampling, *, num_draws: int = 40, **given: Sequence[int]) -> None:
     """Every draw is what its random number gives by the inverse of the reference's cumulated probabilities."""
-    p, order = reference(row, sampling, **given)
-    sums = np.cumsum(p[order])
+    p = reference(row, sampling, **given)
+    sums = np.cumsum(p)
     states = []
     for seed in range(num_draws):
         states.append(state(sampling, seed=seed, prompt=given.get("prompt", ())))
@@ -109,7 +111,7 @@ def check_exact(row: NDArray[np.float32], sampling: Sampling, *, num_draws: int 
         assert p[token] > 0, f"{token} should not have been kept"
         u = state(sampling, seed=seed).draw()
         if sampling.temperature and np.abs(sums - u).min() > 1e-5:
-            assert token == order[np.searchsorted(sums, u, side="right")]
+            assert token == np.searchsorted(sums, u, side="right")
 
 
 OPTIONS = {
@@ -180,7 +182,7 @@ def test_penalties_keep_count_of_more_tokens_than_fit_at_first() -> None:
 def test_tokens_come_as_often_as_they_should(sampling: Sampling) -> None:
     size, num_draws = LARGE, 4000
     row = random_row(size, 7, 1.0)
-    p, _ = reference(row, sampling)
+    p = reference(row, sampling)
     seeds = range(num_draws)
     counts = np.bincount(draw(row, [state(sampling, seed=seed) for seed in seeds]), minlength=size)
     expected = p * num_draws
@@ -254,11 +256,35 @@ def test_the_most_extreme_values_still_give_a_token(sampling: Sampling, size: in
     states = [state(sampling, seed=seed, prompt=[0, 1, 2], num_logprobs=3) for seed in range(3)]
     for step in range(3):
         array = np.tile(random_row(size, step, scale), (3, 1))
-        for sampled in sample(HostLogits(array), states, [[4]] * 3):
+        for sampled in sample(HostLogits(array), range(3), states, [[4]] * 3):
             assert 0 <= sampled.token_id < size
             assert sampled.token_id != 4
             assert sampled.logprob is not None
             assert np.isfinite(sampled.logprob)
+
+
+# --- rows that have no distribution
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1), Sampling(temperature=1, top_p=0.9)])
+@pytest.mark.parametrize(
+    ("value", "tokens"), [(np.nan, 77), (np.inf, 77), (np.nan, slice(None)), (-np.inf, slice(None))]
+)
+def test_a_row_without_a_distribution_fails_alone(sampling: Sampling, value: float, tokens: int | slice) -> None:
+    array = np.tile(random_row(LARGE, 1), (3, 1))
+    array[1, tokens] = value
+    states = [state(sampling, seed=seed, num_logprobs=2) for seed in range(3)]
+    before, failed, after = sample(HostLogits(array), range(3), states, [()] * 3)
+    assert isinstance(before, Sampled)
+    assert isinstance(failed, BackendError)
+    assert isinstance(after, Sampled)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1), Sampling(temperature=1, top_k=3)])
+def test_a_row_with_every_token_forbidden_fails(sampling: Sampling) -> None:
+    (failed,) = sample(HostLogits(random_row(SMALL, 1)[None]), [0], [state(sampling)], [range(SMALL)])
+    assert isinstance(failed, BackendError)
+    assert "forbidden" in failed.message
 
 
 # --- seeds
@@ -276,7 +302,7 @@ def run(sampling: Sampling, seed: int, rows: NDArray[np.float32], *, neighbours:
     for step, row in enumerate(rows):
         array = np.stack([random_row(row.size, 1000 * step + i) for i in range(len(states))])
         array[place] = row
-        tokens.append(sample(HostLogits(array), states, [()] * len(states))[place].token_id)
+        tokens.append(sample(HostLogits(array), range(len(states)), states, [()] * len(states))[place].token_id)
     return tokens
 
 
@@ -324,7 +350,7 @@ def test_log_probabilities_are_the_models_own_before_any_option() -> None:
         state(Sampling(), num_logprobs=20),
     ]
     forbidden = [(), [int(np.argsort(-row)[1])], (), ()]
-    none, edited, zero, many = sample(HostLogits(np.tile(row, (4, 1))), states, forbidden)
+    none, edited, zero, many = sample(HostLogits(np.tile(row, (4, 1))), range(4), states, forbidden)
     expected = row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum())
     order = np.argsort(-row, kind="stable")
     assert none == Sampled(none.token_id)
@@ -338,6 +364,6 @@ def test_log_probabilities_are_the_models_own_before_any_option() -> None:
 
 
 def test_a_vocabulary_smaller_than_the_wish_gives_all_its_log_probabilities() -> None:
-    (sampled,) = sample(HostLogits(random_row(SMALL, 1)[None]), [state(Sampling(), num_logprobs=20)], [()])
+    (sampled,) = sample(HostLogits(random_row(SMALL, 1)[None]), [0], [state(Sampling(), num_logprobs=20)], [()])
     assert len(sampled.top_logprobs) == SMALL
     assert sum(np.exp(p) for _, p in sampled.top_logprobs) == pytest.approx(1, abs=1e-5)

@@ -24,11 +24,19 @@ Arrays = Mapping[str, NDArray[Any]]
 
 class Operator:
     """A graph of one node. ``fed`` and ``constants`` name its inputs, in the order of ``inputs``; an input that is in
-    neither is absent.
+    neither is absent. ``options`` are the session's.
     """
 
     def __init__(
-        self, op: str, inputs: list[str], fed: Arrays, constants: Arrays, *, threads: int = 2, **attributes: Any
+        self,
+        op: str,
+        inputs: list[str],
+        fed: Arrays,
+        constants: Arrays,
+        *,
+        threads: int = 2,
+        options: Mapping[str, str] | None = None,
+        **attributes: Any,
     ) -> None:
         names = [name if name in fed or name in constants else "" for name in inputs]
         while not names[-1]:
@@ -44,11 +52,13 @@ class Operator:
         model = helper.make_model(
             helper.make_graph([node], "one", values, [out], weights), opset_imports=opsets, ir_version=10
         )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        options.register_custom_ops_library(str(OPERATORS))
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.SessionOptions()
+        session.intra_op_num_threads = threads
+        session.log_severity_level = 4
+        for name, value in (options or {}).items():
+            session.add_session_config_entry(name, value)
+        session.register_custom_ops_library(str(OPERATORS))
+        self._session = ort.InferenceSession(model.SerializeToString(), session, providers=["CPUExecutionProvider"])
 
     def __call__(self, **fed: NDArray[Any]) -> NDArray[np.float32]:
         binding = self._session.io_binding()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from headrace.backends.onnx.fused_session import OPERATOR_OPTIONS_INT8
 from tests.kernels.operators import Operator, needs_operators
 
 pytestmark = needs_operators
@@ -16,18 +17,30 @@ pytestmark = needs_operators
 INPUTS = ["qkv", "cache", "slots", "positions", "cosines", "sines", "q_norm", "k_norm"]
 CAPACITY, SLOTS = 256, 5
 EPSILON = 1e-6
+both_caches = pytest.mark.parametrize("cells", ["float16", "int8"])
 
 
 class Layer:
     """An attention of random tables and norms, its cache, and the same in numpy."""
 
     def __init__(
-        self, heads: int, kv_heads: int, size: int, *, window: int = 0, rope: bool = True, norms: bool = False
+        self,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        *,
+        cells: str,
+        window: int = 0,
+        rope: bool = True,
+        norms: bool = False,
     ) -> None:
         dice = np.random.default_rng(heads * size)
         self.heads, self.kv_heads, self.size, self.window = heads, kv_heads, size, window
         self.scale = 1 / math.sqrt(size)
-        self.cache = np.full((2, 2, SLOTS, kv_heads, CAPACITY, size), 7, np.float16)
+        self.cells = cells
+        # A factor of two bytes for each key and value of int8, and whole rows of halves in all.
+        rows = CAPACITY if cells == "float16" else -(-CAPACITY * (size + 2) // (2 * size))
+        self.cache = np.full((2, 2, SLOTS, kv_heads, rows, size), 7, np.float16)
         angles = np.outer(np.arange(CAPACITY), 100.0 ** (-np.arange(size // 2) / (size // 2)))
         self.constants: dict[str, NDArray[Any]] = {}
         if rope:
@@ -45,6 +58,7 @@ class Layer:
             INPUTS,
             fed,
             self.constants,
+            options=OPERATOR_OPTIONS_INT8 if cells == "int8" else None,
             layer=1,
             num_heads=heads,
             scale=self.scale,
@@ -72,6 +86,9 @@ class Layer:
         q, k, v = np.split(tokens.astype(np.float64), [self.heads * size, (self.heads + self.kv_heads) * size], axis=1)
         q, k = (self._turned(x.reshape(length, -1, size), name) for x, name in ((q, "q_norm"), (k, "k_norm")))
         v = v.reshape(length, -1, size)
+        if self.cells == "int8":
+            rotation, rotated_together = hadamard(size), size & -size
+            q, k, v = q @ rotation / rotated_together, rounded(k @ rotation), rounded(v)
         sharing = self.heads // self.kv_heads
         scores = np.einsum("qhd,khd->hqk", q, np.repeat(k, sharing, axis=1)) * self.scale
         ages = np.arange(length)[:, None] - np.arange(length)
@@ -80,6 +97,14 @@ class Layer:
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         return np.einsum("hqk,khd->qhd", weights, np.repeat(v, sharing, axis=1)).reshape(length, -1)
+
+    def planes(self) -> list[NDArray[Any]]:
+        """What the cache has of tokens: arrays [layers, 2, slots, kv_heads, CAPACITY, …]."""
+        if self.cells == "float16":
+            return [self.cache]
+        heads = self.cache.view(np.uint8).reshape(*self.cache.shape[:4], -1)
+        cells, factors = np.split(heads[..., : CAPACITY * (self.size + 2)], [CAPACITY * self.size], axis=-1)
+        return [cells.reshape(*cells.shape[:4], CAPACITY, -1), factors.reshape(*cells.shape[:4], CAPACITY, -1)]
 
     def _turned(self, x: NDArray[np.float64], norm: str) -> NDArray[np.float64]:
         if norm in self.constants:
@@ -91,6 +116,25 @@ class Layer:
         return np.concatenate([low * cosines - high * sines, high * cosines + low * sines], axis=-1)
 
 
+def hadamard(size: int) -> NDArray[np.float64]:
+    """What queries and keys of int8 are multiplied by: Sylvester's matrix of the largest power of two that divides a
+    head, for each such part of it.
+    """
+    matrix = np.ones((1, 1))
+    while size % (2 * len(matrix)) == 0:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.kron(np.eye(size // len(matrix)), matrix)
+
+
+def rounded(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To int8, with a factor for each last axis."""
+    factors = np.abs(x).max(axis=-1, keepdims=True) / 127
+    halves = factors.astype(np.float16)
+    halves = np.where(halves < factors, np.nextafter(halves, np.float16(np.inf)), halves).astype(np.float64)
+    return np.rint(x / halves) * halves
+
+
+@both_caches
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,17 +147,18 @@ class Layer:
     ],
     ids=str,
 )
-def test_attention_is_that_of_the_formula(options: dict[str, Any]) -> None:
-    layer = Layer(**options)
+def test_attention_is_that_of_the_formula(options: dict[str, Any], cells: str) -> None:
+    layer = Layer(**options, cells=cells)
     tokens = layer.sequence(150, seed=1)
     (out,) = layer.run((2, 0, tokens))
-    # Keys and values are kept with 11 bits.
-    assert np.abs(out - layer.reference(tokens)).max() < 4e-3
+    # Halves have 11 bits; the reference rounds to int8 itself.
+    assert np.abs(out - layer.reference(tokens)).max() < (4e-3 if cells == "float16" else 4e-4)
 
 
+@both_caches
 @pytest.mark.parametrize("window", [0, 33], ids=["all", "a window"])
-def test_bits_do_not_depend_on_how_a_sequence_is_cut_or_what_runs_beside_it(window: int) -> None:
-    layer = Layer(9, 3, 64, window=window)
+def test_bits_do_not_depend_on_how_a_sequence_is_cut_or_what_runs_beside_it(window: int, cells: str) -> None:
+    layer = Layer(9, 3, 64, window=window, cells=cells)
     tokens = layer.sequence(200, seed=2)
     (whole,) = layer.run((0, 0, tokens))
     dice = np.random.default_rng(3)
@@ -133,17 +178,22 @@ def test_bits_do_not_depend_on_how_a_sequence_is_cut_or_what_runs_beside_it(wind
         assert np.concatenate(found).tobytes() == whole.tobytes()
 
 
-def test_only_the_layers_own_cells_of_the_slots_that_run_are_written() -> None:
-    layer = Layer(4, 2, 32)
+@both_caches
+def test_only_the_layers_own_cells_of_the_slots_that_run_are_written(cells: str) -> None:
+    layer = Layer(4, 2, 32, cells=cells)
+    before = [plane.copy() for plane in layer.planes()]
     layer.run((3, 0, layer.sequence(40, seed=1)))
-    assert (layer.cache[0] == 7).all()
-    assert (layer.cache[1][:, [0, 1, 2, 4]] == 7).all()
-    assert (layer.cache[1, 1, 3, :, :40] != 7).all()
-    assert (layer.cache[1, :, 3, :, 48:] == 7).all()
+    for old, new in zip(before, layer.planes(), strict=True):
+        changed = (old != new).any(axis=-1)
+        assert not changed[0].any()
+        assert not changed[1][:, [0, 1, 2, 4]].any()
+        assert changed[1, :, 3, :, :40].all()
+        assert not changed[1, :, 3, :, 48:].any()
 
 
-def test_what_lies_beyond_a_sequence_does_not_show() -> None:
-    layer = Layer(4, 2, 32)
+@both_caches
+def test_what_lies_beyond_a_sequence_does_not_show(cells: str) -> None:
+    layer = Layer(4, 2, 32, cells=cells)
     tokens = layer.sequence(20, seed=1)
     (before,) = layer.run((1, 0, tokens))
     layer.run((1, 20, layer.sequence(100, seed=2) * 100))
@@ -151,16 +201,19 @@ def test_what_lies_beyond_a_sequence_does_not_show() -> None:
     assert after.tobytes() == before.tobytes()
 
 
-def test_values_beyond_halves_are_cut_off_and_leave_no_infinity() -> None:
-    layer = Layer(2, 1, 16, rope=False)
+@both_caches
+@pytest.mark.parametrize("factor", [1e6, 1e20])
+def test_values_beyond_halves_are_cut_off_and_leave_no_infinity(cells: str, factor: float) -> None:
+    layer = Layer(2, 1, 16, rope=False, cells=cells)
     tokens = layer.sequence(5, seed=1)
-    tokens[2] *= 1e6
+    tokens[2] *= factor
     (out,) = layer.run((0, 0, tokens))
     assert np.isfinite(out).all()
 
 
-def test_a_token_that_is_not_a_number_spoils_no_later_sequence() -> None:
-    layer = Layer(4, 2, 32)
+@both_caches
+def test_a_token_that_is_not_a_number_spoils_no_later_sequence(cells: str) -> None:
+    layer = Layer(4, 2, 32, cells=cells)
     tokens, broken = layer.sequence(20, seed=1), layer.sequence(40, seed=2)
     (before,) = layer.run((1, 0, tokens))
     broken[5:] = np.nan
@@ -181,7 +234,10 @@ def test_a_token_that_is_not_a_number_spoils_no_later_sequence() -> None:
         ({"num_heads": 2**62}, "num_heads must be 1 or more"),
         ({"num_heads": 3}, "qkv must be"),
         ({"layer": 2}, "cache must be"),
-        ({"cache": np.zeros((2, 2, 1, 1, 24, 16), np.float16)}, "cache must be"),
+        ({"cache": np.zeros((2, 2, 1, 1, 24, 16), np.float16)}, "capacity that is a multiple of 16"),
+        ({"options": OPERATOR_OPTIONS_INT8, "cache": np.zeros((2, 2, 1, 1, 8, 16), np.float16)}, "cache must have"),
+        ({"options": {"headrace.kv_cache_dtype": "int4"}}, "kv_cache_dtype must be float16 or int8"),
+        ({"options": {"headrace.kv_cache_dtype": "float16 or so"}}, "kv_cache_dtype must be float16 or int8"),
         ({"cache": np.zeros((2, 2, 1, 0, 16, 16), np.float16)}, "cache must be"),
         ({"cache": np.zeros((2, 2, 1, 16, 16), np.float16)}, "cache must be"),
         ({"cache": np.zeros((2, 2, 1, 1, 16, 0), np.float16)}, "head_size must be"),
@@ -208,23 +264,26 @@ def test_a_node_that_makes_no_sense_is_refused(changes: dict[str, Any], message:
         "slots": np.zeros(1, np.int32),
         "positions": np.zeros(1, np.int32),
     }
+    changes = dict(changes)
+    options = changes.pop("options", None)
     constants = {name: value for name, value in changes.items() if name not in attributes and name not in fed}
     attributes |= {name: value for name, value in changes.items() if name in attributes}
     fed |= {name: value for name, value in changes.items() if name in fed}
     with pytest.raises(Exception, match=message):
-        Operator("Attention", INPUTS, fed, constants, **attributes)(**fed)
+        Operator("Attention", INPUTS, fed, constants, options=options, **attributes)(**fed)
 
 
+@both_caches
 @pytest.mark.parametrize(
     ("slot", "position"), [(-1, 0), (SLOTS, 0), (0, -1), (0, CAPACITY)], ids=["slot", "slot", "position", "position"]
 )
-def test_a_place_outside_the_cache_is_refused(slot: int, position: int) -> None:
-    layer = Layer(2, 1, 16)
+def test_a_place_outside_the_cache_is_refused(slot: int, position: int, cells: str) -> None:
+    layer = Layer(2, 1, 16, cells=cells)
     with pytest.raises(Exception, match="out of the cache"):
         layer.run((slot, position, layer.sequence(1, seed=1)))
 
 
 def test_positions_with_a_gap_are_refused() -> None:
-    layer = Layer(2, 1, 16)
+    layer = Layer(2, 1, 16, cells="float16")
     with pytest.raises(Exception, match="must ascend by 1"):
         layer.run((0, 0, layer.sequence(1, seed=1)), (0, 2, layer.sequence(1, seed=1)))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load(folder: Path, *, compiled: bool) -> OnnxModel:
+def load(folder: Path, *, compiled: bool, int8_cache: bool = False) -> OnnxModel:
     manifest = read_manifest(folder)
     return OnnxModel(
         folder,
@@ -40,6 +40,7 @@ def load(folder: Path, *, compiled: bool) -> OnnxModel:
         num_kv_bytes=2**24,
         spinning=False,
         operators=compiled_operators() if compiled else None,
+        int8_cache=int8_cache,
     )
 
 
@@ -70,6 +71,14 @@ def model(case: Case) -> Iterator[OnnxModel]:
     loaded.close()
 
 
+@pytest.fixture(scope="module")
+def int8_model(case: Case) -> Iterator[OnnxModel]:
+    """The same bundle, with a cache of int8."""
+    loaded = load(case.folder, compiled=True, int8_cache=True)
+    yield loaded
+    loaded.close()
+
+
 def every_logit(model: OnnxModel, ids: list[int], slot: int = 0) -> NDArray[np.float32]:
     """One token after another."""
     model.reserve(slot, len(ids))
@@ -88,9 +97,16 @@ def test_it_is_no_further_from_float32_than_the_stock_graph(case: Case, model: O
     assert case.error(every_logit(model, case.ids)) < 1.05 * limit
 
 
+def test_a_cache_of_int8_loses_little(case: Case, model: OnnxModel, int8_model: OnnxModel) -> None:
+    # Of models with random weights, which carry every error on.
+    assert case.error(every_logit(int8_model, case.ids)) < 1.3 * case.error(every_logit(model, case.ids))
+
+
+@pytest.mark.parametrize("cache", ["model", "int8_model"])
 def test_a_token_has_the_same_bits_however_the_sequence_is_cut_and_whatever_shares_the_step(
-    case: Case, model: OnnxModel
+    case: Case, cache: str, request: pytest.FixtureRequest
 ) -> None:
+    model: OnnxModel = request.getfixturevalue(cache)
     assert model.determinism is DeterminismClass.BIT_EXACT
     assert model.mixes
     alone = every_logit(model, case.ids)
@@ -127,6 +143,9 @@ def test_a_damaged_graph_is_a_typed_error(compiled: bool, tmp_path: Path) -> Non
         load(folder, compiled=compiled)
 
 
-def test_float32_and_per_channel_bundles_have_no_such_graph(tmp_path: Path) -> None:
+def test_float32_and_per_channel_bundles_have_no_such_graph_and_so_no_cache_of_int8(tmp_path: Path) -> None:
     for quantization in ("fp32", "w8a8"):
-        assert bundle.FUSED not in read_manifest(Case("llama", quantization, tmp_path).folder).files
+        folder = Case("llama", quantization, tmp_path).folder
+        assert bundle.FUSED not in read_manifest(folder).files
+        with pytest.raises(BackendError, match=f"'tiny'.*a bundle of {quantization} has no graph: build it"):
+            load(folder, compiled=True, int8_cache=True)

@@ -275,3 +275,13 @@ def test_a_delta_carries_token_ids_only_if_asked_for():
     assert message.logprobs[0].top[0].token == b"\xff"
     assert message.logprobs[0].logprob == struct.unpack("f", struct.pack("f", -0.5))[0]
     assert list(answer.delta_message(delta, token_ids=True).token_ids) == [7]
+
+
+@pytest.mark.parametrize(
+    ("mode", "uses"),
+    [(None, True), ("CACHE_MODE_UNSPECIFIED", True), ("CACHE_MODE_USE", True), ("CACHE_MODE_BYPASS", False)],
+)
+def test_the_prefix_cache_is_used_unless_it_is_to_be_bypassed(mode, uses):
+    request = to_request(pb.GenerateRequest(spec=pb.GenerationSpec(text="x", cache=pb.CachePolicy(prefix=mode))))
+    assert request.use_prefix_cache is uses
+    assert request.options == {"text"} | (set() if mode is None else {"cache.prefix"})

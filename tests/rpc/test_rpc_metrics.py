@@ -70,7 +70,15 @@ async def test_tokenization_is_no_generation():
 async def test_the_endpoint_serves_the_engines_gauges_as_they_are_now():
     metrics = Metrics(CollectorRegistry())
     queued = 3
-    metrics.observe_engine("tiny", queued=lambda: queued, running=lambda: 2, kv_utilization=lambda: 0.25)
+    metrics.observe_engine(
+        "tiny",
+        queued=lambda: queued,
+        running=lambda: 2,
+        kv_utilization=lambda: 0.25,
+        retained_tokens=lambda: 100,
+        looked_up_tokens=lambda: queued * 10,
+        reused_tokens=lambda: 20,
+    )
     metrics.observe_engine("remote", queued=lambda: 0, running=lambda: 1)
     endpoint = serve_metrics(metrics, host="127.0.0.1", port=0)
 
@@ -83,7 +91,10 @@ async def test_the_endpoint_serves_the_engines_gauges_as_they_are_now():
         assert 'headrace_queued_requests{model="tiny"} 3.0' in text
         assert 'headrace_running_requests{model="tiny"} 2.0' in text
         assert 'headrace_kv_cache_utilization{model="tiny"} 0.25' in text
-        assert 'headrace_kv_cache_utilization{model="remote"}' not in text
+        assert 'headrace_prefix_cache_tokens{model="tiny"} 100.0' in text
+        assert 'headrace_prefix_cache_looked_up_tokens_total{model="tiny"} 30.0' in text
+        assert 'headrace_prefix_cache_reused_tokens_total{model="tiny"} 20.0' in text
+        assert '{model="remote"}' not in text.partition("headrace_kv_cache_utilization")[2]
         queued = 5
         assert 'headrace_queued_requests{model="tiny"} 5.0' in await asyncio.to_thread(scrape)
     finally:

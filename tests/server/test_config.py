@@ -115,6 +115,7 @@ def test_settings_never_change() -> None:
         ({"nonsense": {}}, "backends.nonsense: no such backend; there is onnx, scripted"),
         ({"onnx": {"thread": 1}}, "backends.onnx.thread: no such setting; there is threads, max_running, kv_cache"),
         ({"onnx": {"threads": 0}}, "backends.onnx.threads: Input should be greater than or equal to 1, got 0"),
+        ({"onnx": {"kv_cache_dtype": "fp8"}}, "backends.onnx.kv_cache_dtype: Input should be 'auto' or 'int8'"),
         ({"onnx": {"kv_cache": "1 parsec"}}, "backends.onnx.kv_cache: could not interpret byte unit"),
         ({"scripted": {"models": {"m": {"colour": 1}}}}, "backends.scripted.models.m.colour: no such setting"),
     ],

@@ -20,12 +20,13 @@ CONTEXT = 8192
 MAX_RUNNING = 32
 
 
-def long_call(num_tokens: int) -> Call:
+def long_call(num_tokens: int, *, use_prefix_cache: bool = True) -> Call:
     dice = random.Random(5)
     return call(
         TokenIdsInput(tuple(dice.randrange(3, 49_152) for _ in range(num_tokens))),
         stopping=Stopping(max_new_tokens=6, ignore_eos=True),
         response=ResponseOptions(token_ids=True, logprobs=True, top_logprobs=2),
+        use_prefix_cache=use_prefix_cache,
     )
 
 
@@ -53,7 +54,7 @@ async def test_a_long_prompt_holds_up_no_short_one_and_no_memory_but_its_own(smo
         assert engine is not None
         assert model.num_kv_tokens < MAX_RUNNING * CONTEXT / 10
         memory = model._kv
-        token_bytes = memory._cells.nbytes // (MAX_RUNNING * memory.capacity)
+        token_bytes = memory._cells.nbytes // (memory._cells.shape[2] * memory.capacity)
 
         long = asyncio.create_task(events_of(app.generate, long_call(num_tokens)))
         await until(lambda: engine.num_running == 1)
@@ -67,5 +68,6 @@ async def test_a_long_prompt_holds_up_no_short_one_and_no_memory_but_its_own(smo
         most = num_tokens + (NUM_SHORT + 6) * 128
         assert num_tokens * token_bytes <= physical_bytes(memory) <= most * token_bytes
 
-        alone = await events_of(app.generate, long_call(num_tokens))
-        assert deltas(beside) == deltas(alone)
+        again = await events_of(app.generate, long_call(num_tokens))
+        alone = await events_of(app.generate, long_call(num_tokens, use_prefix_cache=False))
+        assert deltas(beside) == deltas(again) == deltas(alone)

@@ -86,7 +86,8 @@ async def test_a_step_wise_and_a_whole_call_model_are_served_side_by_side() -> N
         for name in ("letters", "whole"):
             events = await events_of(app.generate, made := call(model=name))
             (attempt,) = made.meter.attempts
-            answers[name] = (text_of(events), reason_of(events), attempt.backend, attempt.outcome, attempt.usage)
+            used = (attempt.usage.input_tokens, attempt.usage.output_tokens)
+            answers[name] = (text_of(events), reason_of(events), attempt.backend, attempt.outcome, used)
             assert isinstance(events[-1], StreamEnd)
             assert isinstance(events[-2], ChoiceFinish)
         assert answers["letters"] == answers["whole"]

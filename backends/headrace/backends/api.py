@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -127,17 +127,49 @@ class TopLogits:
     are coarser than the probabilities."""
 
 
+@dataclass(frozen=True, slots=True)
+class DrawOptions:
+    """How to draw a token from each of R rows: every field is [R]. The stages come in the order of the fields, and each
+    works on what the one before kept. ``HostLogits`` is the definition; another implementation may round otherwise.
+    """
+
+    temperature: NDArray[np.float64]
+    """1e-9 or more. A token's weight is ``exp(logit / temperature)``."""
+    top_k: NDArray[np.int64]
+    """1 or more: so many of the largest are kept, of equal ones those with the lowest ids."""
+    top_p: NDArray[np.float64]
+    """Above 0, up to 1: in the same order, the fewest are kept that have this share of the weights, or more."""
+    min_p: NDArray[np.float64]
+    """0 to 1: what is kept weighs this share of the largest weight, or more."""
+    typical_p: NDArray[np.float64]
+    """Above 0, up to 1: locally typical sampling (Meister et al. 2022, arXiv 2202.00666)."""
+    number: NDArray[np.float64]
+    """0 to below 1. Drawn is the first of what is kept, in the order of ids, at which the running sum of the weights
+    exceeds this share of all."""
+
+    def of(self, which: NDArray[np.bool_]) -> DrawOptions:
+        """Those of some rows. ``which`` is [R]."""
+        return DrawOptions(*(getattr(self, option.name)[which] for option in fields(self)))
+
+
 class Logits(Protocol):
     """The logits of one step: a row for each ``Row`` that wanted them, in order. Valid until the model's next step."""
 
     def row(self, index: int) -> NDArray[np.float32]:
-        """Row ``index``, [V], writable: penalties, biases and masks are applied in place, before ``top``."""
+        """Row ``index``, [V], writable: penalties, biases and masks are applied in place, and count from then on.
+        Raises IndexError if there is no such row.
+        """
 
-    def greedy(self) -> NDArray[np.int64]:
-        """[R]: the token with the largest logit of each row; the lowest id among equals."""
+    def greedy(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """[R]: the token with the largest logit of each of the given rows; the lowest id among equals."""
 
     def top(self, rows: Sequence[int], k: int, temperature: NDArray[np.float32]) -> TopLogits:
         """The ``k`` largest logits of the given rows. ``temperature`` is [R], each above 0."""
+
+    def draw(self, rows: Sequence[int], options: DrawOptions) -> NDArray[np.int64]:
+        """[R]: a token drawn from each of the given rows, by the row and its options alone. Of a row that has a NaN, or
+        whose largest logit is infinite, a token whose logit is not finite.
+        """
 
 
 @runtime_checkable
@@ -171,6 +203,31 @@ class StepModel(Model, Protocol):
     def step(self, rows: Sequence[Row]) -> Logits:
         """Appends each row's tokens to its slot. Either every row is a decode (one token), or every row is a chunk of
         a prompt, unless the model ``mixes``; slots are distinct.
+        """
+
+
+@runtime_checkable
+class PrefixModel(StepModel, Protocol):
+    """A step-wise model whose slots can be copied: a sequence then begins with what another has computed.
+
+    It has ``num_slots + num_spare_slots`` slots, and any ``num_slots`` of them may share a step. The engine keeps
+    sequences that are over in the others, and in those that nobody runs in.
+    """
+
+    num_spare_slots: int
+    decodes_like_chunks: bool
+    """Whether a token that is decoded leaves the same bits in its slot as one in a chunk. Where it does not, only what
+    chunks have computed is copied: a sequence must get what it would have computed itself."""
+
+    def truncate(self, slot: int, num_cached_tokens: int, num_tokens: int) -> None:
+        """Keeps a slot's first ``num_cached_tokens`` tokens, and room for ``num_tokens`` in all: fewer or more than it
+        had before. The first is a multiple of ``chunk_alignment``.
+        """
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Puts the first ``num_tokens`` tokens of ``source``, which has them, into ``target``, which is empty and has
+        room for them: as if they had been run there. They may be shared as long as neither slot changes what the other
+        reads. A multiple of ``chunk_alignment``.
         """
 
 

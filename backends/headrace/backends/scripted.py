@@ -79,6 +79,8 @@ class ScriptedModelOptions(BaseModel):
     """How long a step, or a token of a whole call, takes."""
     num_slots: int = Field(8, ge=1)
     """Sequences that run at once, of kind step."""
+    num_spare_slots: int = Field(8, ge=0)
+    """Slots beside theirs, for sequences that are over, of kind step."""
     num_kv_tokens: int = Field(32768, ge=2)
     """Tokens that all of them can have, of kind step."""
 
@@ -132,11 +134,13 @@ class ScriptedStepModel:
     determinism = DeterminismClass.BIT_EXACT
     max_chunk = 32
     chunk_alignment = 8
+    decodes_like_chunks = True
 
     def __init__(self, name: str, options: ScriptedModelOptions) -> None:
         self.card = _card(name, options)
         self.tokenizer: Tokenizer = ByteTokenizer()
         self.num_slots = options.num_slots
+        self.num_spare_slots = options.num_spare_slots
         self.num_kv_tokens = options.num_kv_tokens
         self.num_steps = 0
         self._options = options
@@ -150,16 +154,32 @@ class ScriptedStepModel:
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         assert slot not in self._slots, "a slot is reserved twice"
-        assert 0 <= slot < self.num_slots, "there is no such slot"
+        assert 0 <= slot < self.num_slots + self.num_spare_slots, "there is no such slot"
         self._slots[slot], self._reserved[slot] = [], num_tokens
-        assert self.num_reserved_tokens <= self.num_kv_tokens, "more is reserved than there is"
+        self._check_reserved()
 
     def release(self, slot: int) -> None:
         del self._slots[slot], self._reserved[slot]
         self._prompt_lengths.pop(slot, None)
 
+    def truncate(self, slot: int, num_cached_tokens: int, num_tokens: int) -> None:
+        assert num_cached_tokens % self.chunk_alignment == 0, "a slot is cut in a wrong place"
+        assert num_cached_tokens <= min(len(self._slots[slot]), num_tokens), "more is kept than there is"
+        del self._slots[slot][num_cached_tokens:]
+        self._reserved[slot] = num_tokens
+        self._prompt_lengths.pop(slot, None)
+        self._check_reserved()
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        assert num_tokens % self.chunk_alignment == 0, "a copy ends in a wrong place"
+        assert num_tokens <= len(self._slots[source]), "more is copied than there is"
+        assert not self._slots[target], "a copy goes to a slot that is not empty"
+        assert num_tokens <= self._reserved[target], "a copy is longer than what is reserved"
+        self._slots[target] = self._slots[source][:num_tokens]
+
     def step(self, rows: Sequence[Row]) -> Logits:
         assert len({row.slot for row in rows}) == len(rows) > 0, "rows share a slot"
+        assert len(rows) <= self.num_slots, "more sequences run than the model has room for"
         assert len({len(row.token_ids) == 1 for row in rows}) == 1, "decodes and chunks share a run"
         self.num_steps += 1
         time.sleep(self._options.seconds_per_step)
@@ -171,6 +191,9 @@ class ScriptedStepModel:
 
     def close(self) -> None:
         assert not self._slots, "closed while slots are in use"
+
+    def _check_reserved(self) -> None:
+        assert self.num_reserved_tokens <= self.num_kv_tokens, "more is reserved than there is"
 
     def _append(self, row: Row) -> Row:
         tokens = self._slots[row.slot]

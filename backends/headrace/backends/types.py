@@ -229,6 +229,8 @@ class GenerateRequest:
     response: ResponseOptions = field(default_factory=ResponseOptions)
     scheduling: Scheduling = field(default_factory=Scheduling)
     seed: int | None = None
+    use_prefix_cache: bool = True
+    """Whether it may read what earlier requests of its tenant computed, and leave what it computes to later ones."""
     extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: frozenset[str] = frozenset()
 

@@ -40,6 +40,68 @@ def top(
     return values, ids, log_sum_exps
 
 
+_DRAW = np.dtype([("temperature", "f8"), ("top_p", "f8"), ("min_p", "f8"), ("number", "f8"), ("top_k", "i8")])
+"""``draw_options`` in src/sample.h."""
+
+
+def draw(
+    logits: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    *,
+    temperature: NDArray[np.float64],
+    top_k: NDArray[np.int64],
+    top_p: NDArray[np.float64],
+    min_p: NDArray[np.float64],
+    number: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    """A token [R] from each of ``rows`` [R] of ``logits`` [N, V], by options [R]:
+
+    - ``temperature``, 1e-9 or more: the weight of a logit is exp(logit / temperature);
+    - ``top_k``, 1 or more: so many of the largest are kept, equal ones by place;
+    - ``top_p``, above 0, up to 1: of these, in this order, the fewest that have this share of their weights, or more;
+    - ``min_p``, 0 to 1: of these what has this share of the largest weight, or more;
+    - ``number``, 0 to below 1: drawn is the first of these, by place, at which their running sum exceeds this share.
+
+    Of a row with a NaN its place is drawn, of one whose largest logit is infinite the place of that. Where ``library``
+    is None it must not be called.
+    """
+    logits = np.ascontiguousarray(logits, np.float32)
+    rows = np.ascontiguousarray(rows, np.int64)
+    num_rows, size = logits.shape
+    options = np.empty(rows.shape, _DRAW)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "number": number}
+    for name, values in given.items():
+        if values.shape != rows.shape:
+            raise ValueError(f"{name} must be shaped as rows, {rows.shape}")
+        options[name] = values
+    if rows.ndim != 1 or not ((rows >= 0) & (rows < num_rows)).all():
+        raise ValueError(f"rows must be [R], and each of them 0 to {num_rows - 1}")
+    if not 1 <= size < 2**31:
+        raise ValueError("logits must be [N, V], V from 1 to 2^31 - 1")
+    for name, valid in {
+        "temperature must be 1e-9 or more, and finite": (temperature >= 1e-9) & (temperature < np.inf),
+        "top_k must be 1 or more": top_k >= 1,
+        "top_p must be above 0, and at most 1": (top_p > 0) & (top_p <= 1),
+        "min_p must be 0 to 1": (min_p >= 0) & (min_p <= 1),
+        "number must be 0 or more, and below 1": (number >= 0) & (number < 1),
+    }.items():
+        if not valid.all():
+            raise ValueError(name)
+    ids = np.empty(rows.size, np.int64)
+    if not _draw()(logits.ctypes.data, size, rows.ctypes.data, rows.size, options.ctypes.data, ids.ctypes.data):
+        raise MemoryError
+    return ids
+
+
+@functools.cache
+def _draw() -> Callable[..., bool]:
+    function = ctypes.CDLL(str(library())).headrace_draw
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    function.argtypes = [pointer, size, pointer, size, pointer, pointer]
+    function.restype = ctypes.c_bool
+    return function
+
+
 @functools.cache
 def _top() -> Callable[..., int]:
     function = ctypes.CDLL(str(library())).headrace_top

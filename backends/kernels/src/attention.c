@@ -2,11 +2,11 @@
 
 #include <math.h>
 
-#include "simd.h"
+#include "attention_cells.h"
 
-#define MAX_ROWS 12     /* queries of a run: tokens x the heads that share a key head; a multiple of 6 and of 4 */
-#define SPAN 64         /* keys between two corrections of the sums: four blocks */
-#define MAX_HEAD_SIZE 256
+static const attention_cells_functions *functions_of(const attention_shape *shape) {
+  return shape->cells == ATTENTION_BYTES ? &attention_bytes : &attention_halves;
+}
 
 static const float *find(const float *table, int32_t position, size_t width) {
   return table ? table + (size_t)position * width : NULL;
@@ -44,11 +44,11 @@ static void turn(const float *x, size_t size, const float *norm, float epsilon, 
   }
 }
 
-static half *keys_of(const attention_shape *shape, attention_cache cache, size_t slot, size_t kv_head) {
-  return cache + (slot * shape->num_kv_heads + kv_head) * shape->capacity * shape->head_size;
+static uint8_t *keys_of(const attention_shape *shape, attention_cache cache, size_t slot, size_t kv_head) {
+  return cache + (slot * shape->num_kv_heads + kv_head) * shape->head_bytes;
 }
 
-static half *values_of(const attention_shape *shape, attention_cache cache, size_t slot, size_t kv_head) {
+static uint8_t *values_of(const attention_shape *shape, attention_cache cache, size_t slot, size_t kv_head) {
   return keys_of(shape, cache, shape->num_slots + slot, kv_head);
 }
 
@@ -58,7 +58,7 @@ void attention_prepare(const attention_shape *shape, const attention_tokens *tok
   for (size_t token = first; token < last; token++) {
     const float *x = tokens->qkv + token * (heads + 2 * kv_heads) * size;
     const int32_t position = tokens->positions[token];
-    const size_t slot = (size_t)tokens->slots[token], cell = (size_t)position;
+    const size_t slot = (size_t)tokens->slots[token];
     const float *cosines = find(tokens->cosines, position, size / 2), *sines = find(tokens->sines, position, size / 2);
     for (size_t head = 0; head < heads; head++) {
       turn(x + head * size, size, tokens->q_norm, tokens->epsilon, cosines, sines, shape->scale,
@@ -66,95 +66,14 @@ void attention_prepare(const attention_shape *shape, const attention_tokens *tok
     }
     for (size_t head = 0; head < kv_heads; head++) {
       float key[MAX_HEAD_SIZE];
-      half packed[MAX_HEAD_SIZE];
       turn(x + (heads + head) * size, size, tokens->k_norm, tokens->epsilon, cosines, sines, 1, key);
-      for (size_t i = 0; i < size; i += 8) store_halves(packed + i, _mm256_loadu_ps(key + i));
-      half *keys = keys_of(shape, cache, slot, head);
-      keys += cell / ATTENTION_BLOCK * ATTENTION_BLOCK * size + cell % ATTENTION_BLOCK;
-      for (size_t i = 0; i < size; i++) keys[i * ATTENTION_BLOCK] = packed[i];
-      half *values = values_of(shape, cache, slot, head) + cell * size;
-      const float *value = x + (heads + kv_heads + head) * size;
-      for (size_t i = 0; i < size; i += 8) store_halves(values + i, _mm256_loadu_ps(value + i));
+      functions_of(shape)->store(shape, (size_t)position, key, x + (heads + kv_heads + head) * size,
+                                 keys_of(shape, cache, slot, head), values_of(shape, cache, slot, head));
     }
   }
 }
 
 /* --- attending ---------------------------------------------------------------------------------------------------- */
-
-/* The queries of a run, and what has been summed up for each. */
-typedef struct {
-  size_t num_rows, head_size;
-  const float *q[MAX_ROWS];
-  size_t first_key[MAX_ROWS], last_key[MAX_ROWS]; /* that it sees, both included */
-  float largest[MAX_ROWS];                        /* score so far */
-  float weights[MAX_ROWS][SPAN];                  /* scores, then their exponentials */
-  __m256 sums[MAX_ROWS];                          /* of exponentials, in eight parts */
-  float totals[MAX_ROWS][MAX_HEAD_SIZE];          /* of values, weighted */
-} attending;
-
-/* Scores of num_rows rows (a constant where this is inlined) with a block of keys. */
-INLINE void score_block(const int num_rows, attending *a, size_t row, const half *keys, size_t column) {
-  __m256 sums[6][2];
-#pragma GCC unroll 6
-  for (int i = 0; i < num_rows; i++) sums[i][0] = sums[i][1] = _mm256_setzero_ps();
-  for (size_t d = 0; d < a->head_size; d++) {
-    const __m256 low = load_halves(keys + d * ATTENTION_BLOCK), high = load_halves(keys + d * ATTENTION_BLOCK + 8);
-#pragma GCC unroll 6
-    for (int i = 0; i < num_rows; i++) {
-      const __m256 q = _mm256_broadcast_ss(a->q[row + (size_t)i] + d);
-      sums[i][0] = _mm256_fmadd_ps(q, low, sums[i][0]);
-      sums[i][1] = _mm256_fmadd_ps(q, high, sums[i][1]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < num_rows; i++) {
-    _mm256_storeu_ps(&a->weights[row + (size_t)i][column], sums[i][0]);
-    _mm256_storeu_ps(&a->weights[row + (size_t)i][column + 8], sums[i][1]);
-  }
-}
-
-/* Adds the values of `count` keys to sixteen columns of num_rows rows. */
-INLINE void add_values(const int num_rows, attending *a, size_t row, const half *values, size_t count, size_t column) {
-  __m256 sums[6][2];
-#pragma GCC unroll 6
-  for (int i = 0; i < num_rows; i++) {
-    sums[i][0] = _mm256_loadu_ps(&a->totals[row + (size_t)i][column]);
-    sums[i][1] = _mm256_loadu_ps(&a->totals[row + (size_t)i][column + 8]);
-  }
-  for (size_t key = 0; key < count; key++) {
-    const half *value = values + key * a->head_size + column;
-    const __m256 low = load_halves(value), high = load_halves(value + 8);
-#pragma GCC unroll 6
-    for (int i = 0; i < num_rows; i++) {
-      const __m256 weight = _mm256_broadcast_ss(&a->weights[row + (size_t)i][key]);
-      sums[i][0] = _mm256_fmadd_ps(weight, low, sums[i][0]);
-      sums[i][1] = _mm256_fmadd_ps(weight, high, sums[i][1]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < num_rows; i++) {
-    _mm256_storeu_ps(&a->totals[row + (size_t)i][column], sums[i][0]);
-    _mm256_storeu_ps(&a->totals[row + (size_t)i][column + 8], sums[i][1]);
-  }
-}
-
-typedef void score_function(attending *, size_t row, const half *keys, size_t column);
-typedef void add_function(attending *, size_t row, const half *values, size_t count, size_t column);
-#define ROW_FUNCTIONS(n)                                                                                             \
-  static void score_##n(attending *a, size_t row, const half *keys, size_t column) {                                 \
-    score_block(n, a, row, keys, column);                                                                            \
-  }                                                                                                                  \
-  static void add_##n(attending *a, size_t row, const half *values, size_t count, size_t column) {                   \
-    add_values(n, a, row, values, count, column);                                                                    \
-  }
-ROW_FUNCTIONS(1)
-ROW_FUNCTIONS(2)
-ROW_FUNCTIONS(3)
-ROW_FUNCTIONS(4)
-ROW_FUNCTIONS(5)
-ROW_FUNCTIONS(6)
-static score_function *const SCORE[] = {score_1, score_2, score_3, score_4, score_5, score_6};
-static add_function *const ADD[] = {add_1, add_2, add_3, add_4, add_5, add_6};
 
 /* Turns a row's scores of keys first .. first + count into exponentials, against the largest score so far. */
 static void weigh(attending *a, size_t row, size_t first, size_t count) {
@@ -198,7 +117,8 @@ size_t attention_run_length(const attention_shape *shape) {
 }
 
 /* One part of a run's rows: at most MAX_ROWS. */
-static void attend_rows(const half *keys, const half *values, attending *a, float **out) {
+static void attend_rows(const attention_cells_functions *cells, const void *keys, const void *values, attending *a,
+                        float **out) {
   const size_t size = a->head_size;
   size_t first = a->first_key[0], last = a->last_key[0];
   for (size_t row = 0; row < a->num_rows; row++) {
@@ -208,21 +128,15 @@ static void attend_rows(const half *keys, const half *values, attending *a, floa
     a->sums[row] = _mm256_setzero_ps();
     memset(a->totals[row], 0, size * sizeof(float));
   }
+  cells->begin(a);
   for (size_t start = first / SPAN * SPAN; start <= last; start += SPAN) {
     size_t count = last + 1 - start;
     count = count > SPAN ? SPAN : (count + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK * ATTENTION_BLOCK;
-    for (size_t row = 0; row < a->num_rows; row += 6) {
-      const size_t num_rows = a->num_rows - row < 6 ? a->num_rows - row : 6;
-      for (size_t column = 0; column < count; column += ATTENTION_BLOCK) {
-        SCORE[num_rows - 1](a, row, keys + (start + column) * size, column);
-      }
-    }
-    for (size_t row = 0; row < a->num_rows; row++) weigh(a, row, start, count);
-    for (size_t row = 0; row < a->num_rows; row += 6) {
-      const size_t num_rows = a->num_rows - row < 6 ? a->num_rows - row : 6;
-      for (size_t column = 0; column < size; column += 16) {
-        ADD[num_rows - 1](a, row, values + start * size, count, column);
-      }
+    for (size_t row = 0; row < a->num_rows; row += GROUP) {
+      const size_t num_rows = a->num_rows - row < GROUP ? a->num_rows - row : GROUP;
+      cells->score(a, row, num_rows, keys, start, count);
+      for (size_t i = row; i < row + num_rows; i++) weigh(a, i, start, count);
+      cells->add(a, row, num_rows, values, start, count);
     }
   }
   for (size_t row = 0; row < a->num_rows; row++) {
@@ -238,10 +152,12 @@ void attention_attend(const attention_shape *shape, const attention_tokens *toke
                       const float *q, attention_run run, size_t kv_head, float *out) {
   const size_t size = shape->head_size, sharing = shape->num_heads / shape->num_kv_heads;
   const size_t slot = (size_t)tokens->slots[run.first];
-  const half *keys = keys_of(shape, cache, slot, kv_head), *values = values_of(shape, cache, slot, kv_head);
+  const attention_cells_functions *cells = functions_of(shape);
+  const void *keys = keys_of(shape, cache, slot, kv_head), *values = values_of(shape, cache, slot, kv_head);
   attending a;
   a.num_rows = 0;
   a.head_size = size;
+  a.capacity = shape->capacity;
   float *to[MAX_ROWS];
   for (size_t token = run.first; token < run.first + run.count; token++) {
     const size_t position = (size_t)tokens->positions[token];
@@ -253,12 +169,12 @@ void attention_attend(const attention_shape *shape, const attention_tokens *toke
       a.first_key[a.num_rows] = shape->window && position + 1 > shape->window ? position + 1 - shape->window : 0;
       a.num_rows++;
       if (a.num_rows == MAX_ROWS) {
-        attend_rows(keys, values, &a, to);
+        attend_rows(cells, keys, values, &a, to);
         a.num_rows = 0;
       }
     }
   }
-  if (a.num_rows) attend_rows(keys, values, &a, to);
+  if (a.num_rows) attend_rows(cells, keys, values, &a, to);
 }
 
 SIMD_END

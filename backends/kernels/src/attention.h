@@ -1,25 +1,33 @@
 /* Causal attention of packed tokens over a cache in memory.
  *
  * A token names its slot and its position; which tokens come together in one call makes no difference to the bits of
- * any: each query takes its keys in the same blocks, one after another, in the order of their positions. */
+ * any: each query takes its keys in the same blocks, one after another, in the order of their positions, and a token's
+ * keys and values are read back from the cache by all, itself included. */
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
+/* How keys and values are kept: attention_halves.c and attention_bytes.c say where each lies. */
+typedef enum {
+  ATTENTION_HALVES, /* float16 */
+  ATTENTION_BYTES,  /* int8, with a factor in float16 for each key and each value of a head */
+} attention_cells;
+
+/* Positions whose keys lie together. */
+#define ATTENTION_BLOCK 16
+
 typedef struct {
   size_t num_heads, num_kv_heads, head_size; /* head_size: a multiple of 16, at most 256 */
+  attention_cells cells;
   size_t num_slots, capacity;                /* capacity: tokens of a slot, a multiple of ATTENTION_BLOCK */
+  size_t head_bytes;                         /* of a head's keys, or values, in a slot: room for `capacity` of them */
   float scale;                               /* of scores */
   size_t window;                             /* how many positions back a query sees, itself included; 0 for all */
 } attention_shape;
 
-/* Positions whose keys lie together: [capacity / ATTENTION_BLOCK][head_size][ATTENTION_BLOCK]. Values lie
- * [capacity][head_size]. */
-#define ATTENTION_BLOCK 16
-
-/* One layer's cache, in halves: keys [num_slots][num_kv_heads][capacity x head_size], then values the same. */
-typedef uint16_t *attention_cache;
+/* One layer's cache: keys [num_slots][num_kv_heads][head_bytes], then values the same. */
+typedef uint8_t *attention_cache;
 
 /* One layer's tokens. */
 typedef struct {

@@ -1,8 +1,8 @@
 /* The operator headrace.Attention: writes a layer's new keys and values to the cache, and attends.
  *
  *     0 qkv        float [T, (num_heads + 2 kv_heads) x head_size]
- *     1 cache      float16 [layers, 2, slots, kv_heads, capacity, head_size]; written in place. Keys (0) of sixteen
- *                  positions lie together, turned: [capacity / 16][head_size][16]
+ *     1 cache      float16 [layers, 2, slots, kv_heads, capacity, head_size]: keys (0) and values (1), written in place.
+ *                  attention_halves.c says how they lie
  *     2 slots      int32 [T]
  *     3 positions  int32 [T]; tokens of a slot follow one another, positions ascending by 1
  *     4 cosines    float [>= positions, head_size / 2], optional: without, positions are not encoded
@@ -11,7 +11,11 @@
  *     7 k_norm     the same, of keys
  *
  * Output: float [T, num_heads x head_size]. Attributes: layer, num_heads, scale, window (0: none),
- * epsilon (of the norms). */
+ * epsilon (of the norms).
+ *
+ * There are two of it, of which a session has one (kernel.c): the other keeps int8. Its cache is declared as above, so
+ * that one graph serves both, but holds less in the same place of a head, [n, head_size] halves: a capacity of
+ * 2 n head_size / (head_size + 2), down to a multiple of 16, as attention_bytes.c says. */
 #include <stdlib.h>
 
 #include "attention.h"
@@ -31,6 +35,7 @@ COMMON_CALLBACKS("Attention", INPUTS)
 typedef struct {
   const OrtApi *ort;
   OrtAllocator *allocator;
+  attention_cells cells;
   int64_t layer, num_heads, window;
   float scale, epsilon;
 } attention_kernel;
@@ -71,18 +76,27 @@ static void find_runs(attention_job *job) {
   }
 }
 
+static int64_t capacity_of(const attention_kernel *kernel, const tensor *cache) {
+  if (kernel->cells == ATTENTION_HALVES) return cache->dims[4];
+  const int64_t head_size = cache->dims[5], head_bytes = cache->dims[4] * head_size * (int64_t)sizeof(uint16_t);
+  return head_bytes / (head_size + (int64_t)sizeof(uint16_t)) / ATTENTION_BLOCK * ATTENTION_BLOCK;
+}
+
 static OrtStatus *check(const attention_kernel *kernel, const tensor *qkv, const tensor *cache, const tensor *slots,
                         const tensor *positions) {
   const OrtApi *ort = kernel->ort;
   /* A cache that has cells lies in memory: products of its sizes overflow nothing. */
   if (cache->num_dims != 6 || cache->dims[1] != 2 || cache->dims[2] < 1 || cache->dims[3] < 1 || cache->dims[4] < 1 ||
-      cache->dims[4] % ATTENTION_BLOCK || cache->dims[4] > INT32_MAX || cache->dims[0] <= kernel->layer) {
-    return invalid(ort, "headrace.Attention: cache must be [layers, 2, slots, kv_heads, capacity, head_size], "
-                        "capacity a multiple of 16");
+      cache->dims[4] > INT32_MAX || cache->dims[0] <= kernel->layer) {
+    return invalid(ort, "headrace.Attention: cache must be [layers, 2, slots, kv_heads, capacity, head_size]");
   }
   const int64_t kv_heads = cache->dims[3], head_size = cache->dims[5];
   if (head_size < 16 || head_size % 16 || head_size > 256) {
     return invalid(ort, "headrace.Attention: head_size must be a multiple of 16, at most 256");
+  }
+  const int64_t capacity = capacity_of(kernel, cache);
+  if (capacity < 1 || capacity % ATTENTION_BLOCK || capacity > INT32_MAX) {
+    return invalid(ort, "headrace.Attention: cache must have a capacity that is a multiple of 16");
   }
   if (kernel->num_heads % kv_heads) {
     return invalid(ort, "headrace.Attention: num_heads must be a multiple of kv_heads");
@@ -96,7 +110,7 @@ static OrtStatus *check(const attention_kernel *kernel, const tensor *qkv, const
   }
   const int32_t *slot = slots->data, *position = positions->data;
   for (int64_t i = 0; i < qkv->dims[0]; i++) {
-    if (slot[i] < 0 || slot[i] >= cache->dims[2] || position[i] < 0 || position[i] >= cache->dims[4]) {
+    if (slot[i] < 0 || slot[i] >= cache->dims[2] || position[i] < 0 || position[i] >= capacity) {
       return invalid(ort, "headrace.Attention: a slot or position is out of the cache");
     }
     if (i && slot[i] == slot[i - 1] && position[i] != position[i - 1] + 1) {
@@ -153,8 +167,10 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
       .shape = {.num_heads = (size_t)kernel->num_heads,
                 .num_kv_heads = (size_t)cache.dims[3],
                 .head_size = head_size,
+                .cells = kernel->cells,
                 .num_slots = (size_t)cache.dims[2],
-                .capacity = (size_t)cache.dims[4],
+                .capacity = (size_t)capacity_of(kernel, &cache),
+                .head_bytes = (size_t)cache.dims[4] * head_size * sizeof(uint16_t),
                 .scale = kernel->scale,
                 .window = (size_t)kernel->window},
       .tokens = {.qkv = qkv.data,
@@ -167,8 +183,8 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
                  .k_norm = k_norm.data,
                  .epsilon = kernel->epsilon},
   };
-  const size_t layer_cells = 2 * job.shape.num_slots * job.shape.num_kv_heads * job.shape.capacity * head_size;
-  job.cache = (attention_cache)cache.data + (size_t)kernel->layer * layer_cells;
+  const size_t layer_bytes = 2 * job.shape.num_slots * job.shape.num_kv_heads * job.shape.head_bytes;
+  job.cache = (attention_cache)cache.data + (size_t)kernel->layer * layer_bytes;
   const size_t width = job.shape.num_heads * head_size;
   CHECK(make_output(ort, context, qkv.dims[0], (int64_t)width, &job.out));
   if (!num_tokens) return NULL;
@@ -207,10 +223,10 @@ static OrtStatus *read_kernel(attention_kernel *kernel, const OrtKernelInfo *inf
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *ort, const OrtKernelInfo *info, void **out) {
-  (void)op;
   attention_kernel *kernel = calloc(1, sizeof *kernel);
   if (!kernel) return ort->CreateStatus(ORT_FAIL, "headrace.Attention: out of memory");
   kernel->ort = ort;
+  kernel->cells = op == &attention_bytes_op ? ATTENTION_BYTES : ATTENTION_HALVES;
   OrtStatus *status = read_kernel(kernel, info);
   if (status) {
     destroy(kernel);
@@ -220,4 +236,4 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *ort, const OrtKern
   return NULL;
 }
 
-const OrtCustomOp attention_op = CUSTOM_OP;
+const OrtCustomOp attention_op = CUSTOM_OP, attention_bytes_op = CUSTOM_OP;

@@ -1,6 +1,7 @@
 #include "kernel.h"
 
 #include <pthread.h>
+#include <string.h>
 
 #include "top.h"
 
@@ -58,21 +59,37 @@ OrtStatus *run_tasks(const OrtApi *ort, const OrtKernelContext *context, void (*
 
 /* --- registration ------------------------------------------------------------------------------------------------- */
 
-static OrtCustomOpDomain *domain; /* lives as long as the process: sessions keep pointing to it */
-static pthread_mutex_t domain_lock = PTHREAD_MUTEX_INITIALIZER;
+/* One for each attention. They live as long as the process: sessions keep pointing to them. */
+static OrtCustomOpDomain *domains[2];
+static pthread_mutex_t domains_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static OrtStatus *make_domain(const OrtApi *ort) {
-  if (domain) return NULL;
+static OrtStatus *make_domain(const OrtApi *ort, const OrtCustomOp *attention, OrtCustomOpDomain **domain) {
+  if (*domain) return NULL;
   OrtCustomOpDomain *made;
   CHECK(ort->CreateCustomOpDomain("headrace", &made));
   OrtStatus *status = ort->CustomOpDomain_Add(made, &linear_op);
-  if (!status) status = ort->CustomOpDomain_Add(made, &attention_op);
+  if (!status) status = ort->CustomOpDomain_Add(made, attention);
   if (status) {
     ort->ReleaseCustomOpDomain(made);
   } else {
-    domain = made;
+    *domain = made;
   }
   return status;
+}
+
+/* A session that shall keep int8 in its cache says so by the entry "headrace.kv_cache_dtype". */
+static OrtStatus *read_cache_type(const OrtApi *ort, const OrtSessionOptions *options, bool *is_int8) {
+  static const char *const KEY = "headrace.kv_cache_dtype";
+  int has_entry = 0;
+  *is_int8 = false;
+  CHECK(ort->HasSessionConfigEntry(options, KEY, &has_entry));
+  if (!has_entry) return NULL;
+  char value[8] = "";
+  size_t size = sizeof value;
+  OrtStatus *status = ort->GetSessionConfigEntry(options, KEY, value, &size);
+  if (status) ort->ReleaseStatus(status); /* too long, for one */
+  *is_int8 = !strcmp(value, "int8");
+  return *is_int8 || !strcmp(value, "float16") ? NULL : invalid(ort, "headrace.kv_cache_dtype must be float16 or int8");
 }
 
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
@@ -80,10 +97,13 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
   const OrtApi *ort = base->GetApi(ORT_API_VERSION);
   /* Every runtime has the first version, and CreateStatus in it. */
   if (!ort) return base->GetApi(1)->CreateStatus(ORT_FAIL, "headrace: ONNX Runtime must be 1.20 or later");
-  pthread_mutex_lock(&domain_lock);
-  OrtStatus *status = make_domain(ort);
-  if (!status) status = ort->AddCustomOpDomain(options, domain);
-  pthread_mutex_unlock(&domain_lock);
+  bool is_int8;
+  CHECK(read_cache_type(ort, options, &is_int8));
+  pthread_mutex_lock(&domains_lock);
+  OrtCustomOpDomain **domain = &domains[is_int8];
+  OrtStatus *status = make_domain(ort, is_int8 ? &attention_bytes_op : &attention_op, domain);
+  if (!status) status = ort->AddCustomOpDomain(options, *domain);
+  pthread_mutex_unlock(&domains_lock);
   return status;
 }
 

@@ -42,7 +42,7 @@ typedef struct {
   bool optional;
 } input_spec;
 
-extern const OrtCustomOp linear_op, attention_op;
+extern const OrtCustomOp linear_op, attention_op, attention_bytes_op;
 
 /* What every operator here answers alike: one output of floats, on the CPU. */
 #define COMMON_CALLBACKS(op_name, inputs)                                                                          \

@@ -75,6 +75,22 @@ INLINE __m256 exp8(__m256 x) {
   return _mm256_and_ps(p, normal);
 }
 
+/* 2^x for x <= 0, to about 1e-7 of it; exactly 1 at 0, exactly 0 from -127 on. A polynomial on [-1/2, 1/2], fitted for
+ * the least relative error. */
+INLINE __m256 power_of_two8(__m256 x) {
+  x = _mm256_max_ps(x, _mm256_set1_ps(-127.0f)); /* there the exponent's bits are 0 too */
+  const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 r = _mm256_sub_ps(x, n);
+  __m256 p = _mm256_set1_ps(1.5353357e-4f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3398876e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(9.618438e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.5503324e-2f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.24022648f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.6931472f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+
 /* 1 / (1 + e^-x) */
 INLINE __m256 sigmoid8(__m256 x) {
   const __m256 one = _mm256_set1_ps(1.0f);

@@ -5,21 +5,15 @@
 
 #include "simd.h"
 
-typedef struct {
-  uint32_t key; /* ascends as values descend */
-  int32_t id;
-} candidate;
-
-/* The bits of a float, as a number that descends as the float ascends. */
-static uint32_t descending(float x) {
+uint32_t descending(float x) {
   uint32_t bits;
   if (x == 0) x = 0; /* -0 is no less than 0 */
   memcpy(&bits, &x, sizeof bits);
   return bits >> 31 ? bits : ~bits & 0x7fffffff;
 }
 
-/* Sorts by key, keeping the order of equal ones; spare has room for as many. A radix sort, a byte at a time. */
-static void sort(candidate *x, candidate *spare, size_t count) {
+/* A radix sort, a byte at a time. */
+void sort_candidates(candidate *x, candidate *spare, size_t count) {
   for (int shift = 0; shift < 32; shift += 8) {
     size_t starts[257] = {0};
     for (size_t i = 0; i < count; i++) starts[(x[i].key >> shift & 255) + 1]++;
@@ -62,9 +56,14 @@ INLINE __m256 load_ordered(const float *p) {
 
 static float ordered(float x) { return isnan(x) ? -INFINITY : x; }
 
-/* A number that at least k of the row are not below, and few more: the k-th largest of the maxima of at least k parts.
- * Part i is every element whose place, modulo num_parts, is i. */
-static float threshold(const float *row, size_t size, size_t k, float *maxima, size_t num_parts) {
+size_t parts_for(size_t k) {
+  size_t num_parts = 512;
+  while (num_parts < 4 * k) num_parts *= 2;
+  return num_parts;
+}
+
+/* The k-th largest of the parts' maxima. Part i is every element whose place, modulo num_parts, is i. */
+float threshold(const float *row, size_t size, size_t k, float *maxima, size_t num_parts) {
   for (size_t i = 0; i < num_parts; i++) maxima[i] = -INFINITY;
   size_t start = 0;
   for (; start + num_parts <= size; start += num_parts) {
@@ -82,22 +81,24 @@ typedef struct {
   double sum;
 } second_pass;
 
-/* Collects what is at least `least`, and sums exp((x - largest) / temperature) over everything. */
+/* Collects what is at least `least`, and sums exp((x - largest) / temperature) over everything. The row at `next` is
+ * fetched meanwhile. */
 static void collect_and_sum(const float *row, size_t size, float least, float largest, float temperature,
-                            second_pass *out) {
+                            const float *next, second_pass *out) {
   const __m256 limit = _mm256_set1_ps(least);
-  const __m256 reference = _mm256_set1_ps(largest), factor = _mm256_set1_ps(1 / temperature);
+  const __m256 reference = _mm256_set1_ps(largest), factor = _mm256_set1_ps((float)M_LOG2E / temperature);
   size_t count = 0, i = 0;
   double total = 0;
   while (i + 8 <= size) {
     __m256 sum = _mm256_setzero_ps(); /* of 128 a lane: what they round off is below 1e-5 of it */
     for (size_t end = i + 1024; i + 8 <= size && i < end; i += 8) {
+      if (next) _mm_prefetch((const char *)(next + i), _MM_HINT_T1);
       const __m256 x = load_ordered(row + i);
       for (int hits = _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ)); hits; hits &= hits - 1) {
         const size_t at = i + (size_t)__builtin_ctz((unsigned)hits);
         out->found[count++] = (candidate){descending(ordered(row[at])), (int32_t)at};
       }
-      sum = _mm256_add_ps(sum, exp8(_mm256_mul_ps(_mm256_sub_ps(x, reference), factor)));
+      sum = _mm256_add_ps(sum, power_of_two8(_mm256_mul_ps(_mm256_sub_ps(x, reference), factor)));
     }
     total += (double)sum8(sum);
   }
@@ -117,13 +118,13 @@ static float largest_of(const float *x, size_t count) {
 }
 
 static void top_of_row(const float *row, size_t size, size_t k, float temperature, float *maxima, size_t num_parts,
-                       candidate *found, float *values, int64_t *ids, double *log_sum_exp) {
+                       candidate *found, const float *next, float *values, int64_t *ids, double *log_sum_exp) {
   const bool few = num_parts >= size; /* numbers: all are candidates */
   const float least = few ? -INFINITY : threshold(row, size, k, maxima, num_parts);
   const float largest = few ? largest_of(row, size) : largest_of(maxima, num_parts);
   second_pass pass = {.found = found};
-  collect_and_sum(row, size, least, largest, temperature, &pass);
-  sort(found, found + pass.count, pass.count);
+  collect_and_sum(row, size, least, largest, temperature, next, &pass);
+  sort_candidates(found, found + pass.count, pass.count);
   for (size_t i = 0; i < k; i++) {
     ids[i] = found[i].id;
     values[i] = ordered(row[ids[i]]);
@@ -133,13 +134,13 @@ static void top_of_row(const float *row, size_t size, size_t k, float temperatur
 
 bool top_of_rows(const float *rows, size_t num_rows, size_t size, size_t k, const float *temperatures, float *values,
                  int64_t *ids, double *log_sum_exps) {
-  size_t num_parts = 512;
-  while (num_parts < 4 * k) num_parts *= 2;
+  const size_t num_parts = parts_for(k);
   float *maxima = malloc(num_parts * sizeof *maxima);
   candidate *found = malloc(2 * size * sizeof *found);
   const bool enough = maxima && found;
   for (size_t i = 0; enough && i < num_rows; i++) {
-    top_of_row(rows + i * size, size, k, temperatures[i], maxima, num_parts, found, values + i * k, ids + i * k,
+    const float *next = i + 1 < num_rows ? rows + (i + 1) * size : NULL;
+    top_of_row(rows + i * size, size, k, temperatures[i], maxima, num_parts, found, next, values + i * k, ids + i * k,
                log_sum_exps + i);
   }
   free(maxima);

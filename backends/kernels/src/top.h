@@ -10,3 +10,20 @@
  * the least. False if memory runs out. */
 bool top_of_rows(const float *rows, size_t num_rows, size_t size, size_t k, const float *temperatures, float *values,
                  int64_t *ids, double *log_sum_exps);
+
+/* --- what drawing needs of it ------------------------------------------------------------------------------------- */
+
+typedef struct {
+  uint32_t key; /* ascends as values descend */
+  int32_t id;
+} candidate;
+
+/* The bits of a float, as a number that descends as the float ascends. */
+uint32_t descending(float x);
+
+/* Sorts by key, keeping the order of equal ones; spare has room for as many. */
+void sort_candidates(candidate *x, candidate *spare, size_t count);
+
+/* A number that at least k of the row are not below, and few more; parts_for(k) <= size, and maxima has room for as many. */
+float threshold(const float *row, size_t size, size_t k, float *maxima, size_t num_parts);
+size_t parts_for(size_t k);

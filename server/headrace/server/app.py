@@ -57,6 +57,7 @@ class App:
         self.registry = ModelRegistry(
             clock=clock,
             max_queued=settings.max_queued,
+            prefix_cache=settings.prefix_cache,
             logits_processors=[processor for plugin in self.plugins for processor in plugin.logits_processors],
         )
         middleware = components.make_middleware(settings, self.plugins)

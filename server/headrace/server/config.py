@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     default_max_new_tokens: int = Field(256, ge=1, description="Output tokens where a request sets no limit.")
     max_calls: int = Field(4096, ge=1, description="Calls in flight; more are refused at once.")
     max_queued: int = Field(1024, ge=1, description="Choices of one model that wait for a slot; more are refused.")
+    prefix_cache: bool = Field(
+        True, description="Whether a prompt begins with what an earlier one of the same tenant has computed."
+    )
     max_batch_in_flight: int = Field(64, ge=1, description="Prompts of one GenerateBatch stream that run at once.")
     max_message_bytes: int = Field(4 * 2**20, ge=2**10, description="Size of a gRPC message at most.")
     tokenizer_threads: int = Field(2, ge=1, description="Threads that tokenize.")

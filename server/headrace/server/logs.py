@@ -37,3 +37,5 @@ def configure_logs(log_format: LogFormat, level: LogLevel) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    # Our backends do not depend on structlog.
+    logging.getLogger("headrace").setLevel(level.value.upper())

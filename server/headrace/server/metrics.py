@@ -7,13 +7,15 @@ that calls were resolved to, never names that callers made up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from headrace.backends.types import Call
 
@@ -34,6 +36,21 @@ _TOKEN_TYPES = {
     "rejected_draft": "rejected_draft_tokens",
 }
 """Label value to field of Usage. As there, cache_* are parts of input; the others but rejected_draft, of output."""
+
+
+class _CountersElsewhere(Collector):
+    """A counter, by model, that somebody else counts: it is asked at each scrape."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self.sources: dict[str, Callable[[], float]] = {}
+        self._name, self._text = name, text
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self._name, self._text, labels=("model",))
+        for model, source in list(self.sources.items()):
+            family.add_metric((model,), source())
+        yield family
 
 
 class Metrics:
@@ -85,6 +102,18 @@ class Metrics:
         self._kv_utilization = Gauge(
             "headrace_kv_cache_utilization", "Used part of the KV cache, 0 to 1.", ("model",), registry=registry
         )
+        self._retained = Gauge(
+            "headrace_prefix_cache_tokens",
+            "Tokens in the KV cache of sequences that are over, for others to begin with.",
+            ("model",),
+            registry=registry,
+        )
+        self._looked_up = _CountersElsewhere(
+            "headrace_prefix_cache_looked_up_tokens", "Prompt tokens that were looked up, of each choice.", registry
+        )
+        self._reused = _CountersElsewhere(
+            "headrace_prefix_cache_reused_tokens", "Those that were there and did not have to be computed.", registry
+        )
 
     def rpc_started(self, method: str) -> None:
         self._rpcs_started.labels(method).inc()
@@ -115,12 +144,23 @@ class Metrics:
         queued: Callable[[], float],
         running: Callable[[], float],
         kv_utilization: Callable[[], float] | None = None,
+        retained_tokens: Callable[[], float] | None = None,
+        looked_up_tokens: Callable[[], float] | None = None,
+        reused_tokens: Callable[[], float] | None = None,
     ) -> None:
-        """Sets where the gauges of ``model`` come from. The functions are called at each scrape, from its thread."""
+        """Sets where the gauges of ``model`` come from, and its counters of the prefix cache. The functions are called
+        at each scrape, from its thread.
+        """
         self._queued.labels(model).set_function(queued)
         self._running.labels(model).set_function(running)
         if kv_utilization is not None:
             self._kv_utilization.labels(model).set_function(kv_utilization)
+        if retained_tokens is not None:
+            self._retained.labels(model).set_function(retained_tokens)
+        if looked_up_tokens is not None:
+            self._looked_up.sources[model] = looked_up_tokens
+        if reused_tokens is not None:
+            self._reused.sources[model] = reused_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,11 @@ class ModelRegistry:
         clock: Callable[[], float],
         max_queued: int,
         logits_processors: Sequence[type[LogitsProcessor]] = (),
+        prefix_cache: bool = True,
     ) -> None:
         self._clock = clock
         self._max_queued = max_queued
+        self._prefix_cache = prefix_cache
         self._logits_processors = {processor.name: processor for processor in logits_processors}
         self._served: dict[str, Served] = {}
         self._default: str | None = None
@@ -138,7 +140,13 @@ class ModelRegistry:
             served.handler = model.generate
         else:
             processors = self._logits_processors
-            served.engine = Engine(model, clock=self._clock, max_queued=self._max_queued, logits_processors=processors)
+            served.engine = Engine(
+                model,
+                clock=self._clock,
+                max_queued=self._max_queued,
+                logits_processors=processors,
+                prefix_cache=self._prefix_cache,
+            )
             served.capabilities = replace(
                 ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}
             )

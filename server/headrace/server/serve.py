@@ -169,6 +169,9 @@ def _observe(engine: Engine, metrics: Metrics) -> None:
         queued=lambda: engine.num_queued,
         running=lambda: engine.num_running,
         kv_utilization=lambda: engine.kv_utilization,
+        retained_tokens=lambda: engine.num_retained_tokens,
+        looked_up_tokens=lambda: engine.num_looked_up_tokens,
+        reused_tokens=lambda: engine.num_reused_tokens,
     )
 
 

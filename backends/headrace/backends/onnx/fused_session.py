@@ -14,6 +14,10 @@ from headrace.backends.onnx.kv import KvMemory
 from headrace.backends.onnx.session import run_bound
 
 KV_DTYPE = np.float16
+"""Of the cache, as graphs declare it, and as it is unless OPERATOR_OPTIONS_INT8 say otherwise."""
+
+OPERATOR_OPTIONS_INT8 = {"headrace.kv_cache_dtype": "int8"}
+"""With these a session keeps int8, in the same input of the graph (backends/kernels/src/attention_op.c)."""
 
 
 class FusedSession:

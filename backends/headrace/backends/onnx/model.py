@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from headrace.backends.api import DeterminismClass, Logits, Row, Tokenizer
+from headrace.backends.errors import BackendError
 from headrace.backends.onnx import bundle, fused_session, stock_session
 from headrace.backends.onnx.bundle import Manifest
 from headrace.backends.onnx.fused_session import FusedSession
 from headrace.backends.onnx.kv import KvMemory, kv_bytes_per_token
 from headrace.backends.onnx.session import Session, open_session
 from headrace.backends.onnx.stock_session import StockSession
-from headrace.backends.onnx.top import CompiledTop, OnnxLogits, Top
+from headrace.backends.onnx.top import CompiledLogits, OnnxLogits, Top
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ CHUNK_ALIGNMENT = 16
 
 
 class OnnxModel:
-    """A loaded bundle; implements ``api.StepModel``."""
+    """A loaded bundle; implements ``api.PrefixModel``."""
 
     backend = "onnx"
 
@@ -40,27 +41,45 @@ class OnnxModel:
         num_kv_bytes: int,
         spinning: bool,
         operators: Path | None,
+        num_spare_slots: int = 0,
+        int8_cache: bool = False,
     ) -> None:
-        """``operators`` is the library of compiled ones; a bundle that has no graph for them does without."""
+        """``operators`` is the library of compiled ones; a bundle that has no graph for them does without.
+
+        ``int8_cache`` needs them. Raises BackendError.
+        """
         self.card = manifest.card()
         self.tokenizer = tokenizer
         self.num_slots = num_slots
+        self.num_spare_slots = num_spare_slots
         self.max_chunk = MAX_CHUNK
         self.chunk_alignment = CHUNK_ALIGNMENT
         fused = operators is not None and bundle.FUSED in manifest.files
-        logger.info("model %s runs on %s operators", manifest.name, "compiled" if fused else "ONNX Runtime's own")
+        if int8_cache and not fused:
+            raise BackendError(
+                f'model {manifest.name!r}: kv_cache_dtype = "int8" needs the compiled operators, for which a bundle of '
+                f'{manifest.quantization} has no graph: build it as int8 or int4, or leave kv_cache_dtype at "auto"'
+            )
         session = open_session(
             folder / (bundle.FUSED if fused else bundle.GRAPH),
             threads=threads,
             spinning=spinning,
             operators=operators if fused else None,
+            operator_options=fused_session.OPERATOR_OPTIONS_INT8 if int8_cache else None,
         )
-        dtype = fused_session.KV_DTYPE if fused else stock_session.KV_DTYPE
+        dtype = np.dtype(np.int8 if int8_cache else fused_session.KV_DTYPE if fused else stock_session.KV_DTYPE)
         self.num_kv_tokens = num_kv_bytes // kv_bytes_per_token(manifest, dtype)
-        self._top = Top(folder / bundle.TOP) if operators is None else CompiledTop()
+        logger.info(
+            "model %s runs on %s operators; its cache holds %d tokens in %s",
+            manifest.name,
+            "compiled" if fused else "ONNX Runtime's own",
+            self.num_kv_tokens,
+            dtype.name,
+        )
+        self._top = Top(folder / bundle.TOP) if operators is None else None
         self._kv = KvMemory(
             num_layers=manifest.num_layers,
-            num_slots=num_slots,
+            num_slots=num_slots + num_spare_slots,
             num_kv_heads=manifest.num_kv_heads,
             capacity=manifest.context_length,
             head_size=manifest.head_size,
@@ -71,6 +90,7 @@ class OnnxModel:
         self._logits = np.empty((num_slots, manifest.vocabulary_size), np.float32)
         self.determinism = self._warm_up()
         self.mixes = fused and self.determinism is DeterminismClass.BIT_EXACT
+        self.decodes_like_chunks = self.mixes and self._probe_decodes()
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         self._kv.reserve(slot, num_tokens)
@@ -78,12 +98,18 @@ class OnnxModel:
     def release(self, slot: int) -> None:
         self._kv.release(slot)
 
+    def truncate(self, slot: int, num_cached_tokens: int, num_tokens: int) -> None:  # noqa: ARG002  # rows say it too
+        self._kv.resize(slot, num_tokens)
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        self._kv.copy(source, target, num_tokens)
+
     def step(self, rows: Sequence[Row]) -> Logits:
         for row in rows:
             self._kv.touch(row.slot, row.num_cached_tokens + len(row.token_ids))
         logits = self._logits[: sum(row.wants_logits for row in rows)]
         self._session.run(rows, logits)
-        return OnnxLogits(logits, self._top)
+        return CompiledLogits(logits) if self._top is None else OnnxLogits(logits, self._top)
 
     def problem(self) -> str | None:
         return None
@@ -129,6 +155,18 @@ class OnnxModel:
         self.chunk_alignment = 4 * CHUNK_ALIGNMENT
         self.max_chunk = self.chunk_alignment + 1
         return DeterminismClass.BEST_EFFORT
+
+    def _probe_decodes(self) -> bool:
+        """Whether tokens that are decoded leave what they leave in a chunk: later ones then have the same bits."""
+        tokens = [(i * i * 7919 + 104_729) % self._logits.shape[1] for i in range(48)]
+        self._kv.reserve(0, len(tokens))
+        whole = self._bits([Row(0, 0, tokens, wants_logits=True)], 0)
+        self._bits([Row(0, 0, tokens[:16], wants_logits=True)], 0)
+        for position in range(16, 32):
+            self._bits([Row(0, position, tokens[position : position + 1], wants_logits=True)], 0)
+        same = self._bits([Row(0, 32, tokens[32:], wants_logits=True)], 0) == whole
+        self._kv.release(0)
+        return same
 
     def _bits(self, rows: Sequence[Row], slot: int) -> bytes:
         """The bits of one row's logits after a step."""

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,14 +25,26 @@ class Session(Protocol):
         """
 
 
-def open_session(graph: Path, *, threads: int, spinning: bool, operators: Path | None = None) -> ort.InferenceSession:
-    """Loads a graph; ``operators`` is a library of operators that it uses. Raises BackendError."""
+def open_session(
+    graph: Path,
+    *,
+    threads: int,
+    spinning: bool,
+    operators: Path | None = None,
+    operator_options: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
+    """Loads a graph; ``operators`` is a library of operators that it uses, and which may have options.
+
+    Raises BackendError.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     if operators is not None:
+        for name, value in (operator_options or {}).items():
+            options.add_session_config_entry(name, value)
         options.register_custom_ops_library(str(operators))
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from headrace.backends.api import TopLogits
+from headrace.backends.api import DrawOptions, TopLogits
 from headrace.backends.logits import HostLogits
 
 
@@ -74,26 +74,53 @@ class Top:
         return TopLogits(ids, largest, scaled - logprob[:, 0])
 
 
-class CompiledTop:
-    """The same by headrace-kernels, which must be installed and made for this processor. A second thread for half of
-    the rows gains nothing.
-    """
-
-    def of(self, logits: NDArray[np.float32], k: int, temperature: NDArray[np.float32]) -> TopLogits:
-        """``api.Logits.top`` of all rows of ``logits``."""
-        import headrace_kernels
-
-        largest, ids, log_sum_exp = headrace_kernels.top(logits, min(k, logits.shape[1]), temperature)
-        return TopLogits(ids, largest, log_sum_exp)
-
-
 class OnnxLogits(HostLogits):
-    """Logits in host memory, whose largest are found by ``Top`` or ``CompiledTop``."""
+    """Logits in host memory, whose largest are found by ``Top``."""
 
-    def __init__(self, array: NDArray[np.float32], top: Top | CompiledTop) -> None:
+    def __init__(self, array: NDArray[np.float32], top: Top) -> None:
         super().__init__(array)
         self._top = top
 
     def top(self, rows: Sequence[int], k: int, temperature: NDArray[np.float32]) -> TopLogits:
-        everything = len(rows) == len(self._array) and list(rows) == list(range(len(rows)))
-        return self._top.of(self._array if everything else self._array[list(rows)], k, temperature)
+        return self._top.of(_rows_of(self._array, rows), k, temperature)
+
+
+class CompiledLogits(HostLogits):
+    """Logits in host memory, searched and drawn from by headrace-kernels, which must be installed and made for this
+    processor. A second thread for half of the rows gains nothing.
+    """
+
+    def top(self, rows: Sequence[int], k: int, temperature: NDArray[np.float32]) -> TopLogits:
+        import headrace_kernels
+
+        size = self._array.shape[1]
+        largest, ids, log_sum_exp = headrace_kernels.top(_rows_of(self._array, rows), min(k, size), temperature)
+        return TopLogits(ids, largest, log_sum_exp)
+
+    def draw(self, rows: Sequence[int], options: DrawOptions) -> NDArray[np.int64]:
+        places = np.asarray(rows, np.int64)
+        typical = options.typical_p < 1  # seldom asked for, and not compiled
+        if not typical.any():
+            return self._draw_compiled(places, options)
+        drawn = np.empty(places.size, np.int64)
+        drawn[typical] = super().draw(places[typical].tolist(), options.of(typical))
+        drawn[~typical] = self._draw_compiled(places[~typical], options.of(~typical))
+        return drawn
+
+    def _draw_compiled(self, places: NDArray[np.int64], options: DrawOptions) -> NDArray[np.int64]:
+        import headrace_kernels
+
+        return headrace_kernels.draw(
+            self._array,
+            places,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            number=options.number,
+        )
+
+
+def _rows_of(array: NDArray[np.float32], rows: Sequence[int]) -> NDArray[np.float32]:
+    everything = list(rows) == list(range(len(array)))
+    return array if everything else array[list(rows)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from headrace.backends.api import DeterminismClass, Logits, Row, StepModel
+from headrace.backends.api import DeterminismClass, DrawOptions, Logits, Row, StepModel
 from headrace.backends.testing.calls import AnyModel
 from headrace.backends.testing.demand import demand
 from headrace.backends.testing.sequences import (
@@ -29,7 +31,7 @@ from headrace.backends.testing.setting import Setting
 _MOST_LINES = 4
 _TEMPERATURES = (0.5, 1.0, 3.0)
 _TOLERANCE = 1e-3
-"""Of a log-sum-exp."""
+"""Of a log-sum-exp, and of a sum of probabilities."""
 
 
 class StepTests(Setting):
@@ -95,7 +97,7 @@ class StepTests(Setting):
                 read="api.Logits",
             )
 
-    def test_greedy_and_top_say_what_row_says(self, step_model: StepModel, lines: Sequence[Line]) -> None:
+    def test_greedy_top_and_draw_say_what_row_says(self, step_model: StepModel, lines: Sequence[Line]) -> None:
         with reserved(step_model, *range(len(lines)), num_tokens=2):
             logits = step_model.step([Row(i, 0, line.prompt[:2], wants_logits=True) for i, line in enumerate(lines)])
             _check_views(logits, len(lines))
@@ -116,7 +118,7 @@ class StepTests(Setting):
                 for i, line in enumerate(lines)
             ]
             logits = step_model.step(rows)
-            num_rows = len(logits.greedy())
+            num_rows = _count_rows(logits)
             demand(
                 num_rows == len(expected),
                 f"a step gives logits for the rows that want them, here {expected} of {list(range(len(lines)))}",
@@ -334,10 +336,19 @@ def _check_owners(rows: Sequence[Floats], order: Sequence[int], lines: Sequence[
     )
 
 
+def _count_rows(logits: Logits) -> int:
+    num_rows = 0
+    with contextlib.suppress(IndexError):
+        while True:
+            logits.row(num_rows)
+            num_rows += 1
+    return num_rows
+
+
 def _check_views(logits: Logits, num_rows: int) -> None:
     rows = [np.array(logits.row(i)) for i in range(num_rows)]
     best = [int(row.argmax()) for row in rows]
-    greedy = list(map(int, logits.greedy()))
+    greedy = list(map(int, logits.greedy(range(num_rows))))
     demand(
         greedy == best,
         "greedy() is the token of each row's largest logit, the lowest id among equals",
@@ -348,6 +359,8 @@ def _check_views(logits: Logits, num_rows: int) -> None:
     for temperature in _TEMPERATURES:
         order = list(reversed(range(num_rows)))
         top = logits.top(order, k, np.full(num_rows, temperature, np.float32))
+        numbers = (np.arange(num_rows) + 0.5) / num_rows
+        drawn = logits.draw(order, _by_temperature(temperature, numbers)).tolist()
         for at, i in enumerate(order):
             ids = np.lexsort((np.arange(rows[i].size), -rows[i]))[:k]
             demand(
@@ -364,3 +377,19 @@ def _check_views(logits: Logits, num_rows: int) -> None:
                 seen=f"{float(top.log_sum_exp[at])!r} for row {i}, which says {expected!r}",
                 read="api.TopLogits.log_sum_exp",
             )
+            until = float(np.exp(scaled[: drawn[at] + 1] - expected).sum())
+            since = until - float(np.exp(scaled[drawn[at]] - expected))
+            demand(
+                since - _TOLERANCE < numbers[at] < until + _TOLERANCE,
+                "draw() gives the token at which the running sum of probabilities, in order of ids, exceeds the number",
+                seen=f"for {numbers[at]} token {drawn[at]}, where it goes from {since:.4f} to {until:.4f}",
+                read="api.DrawOptions",
+            )
+
+
+def _by_temperature(temperature: float, numbers: NDArray[np.float64]) -> DrawOptions:
+    every = np.full(numbers.shape, np.iinfo(np.int64).max)
+    one = np.ones(numbers.shape)
+    return DrawOptions(
+        temperature=temperature * one, top_k=every, top_p=one, min_p=0 * one, typical_p=one, number=numbers
+    )

@@ -5,8 +5,9 @@ are kept apart because a decode that shares a run with a chunk takes another pat
 sequence gets does not depend on who runs beside it.
 
 The life of a choice: ``generate`` makes a ``Sequence`` and hands it to the thread; it waits in the ``Scheduler`` for a
-slot; its prompt is run in chunks, the last of which gives the first token; then a token a step, until ``_accept`` finds
-a reason to finish. Events reach the reader through the call's ``EventStream``.
+slot; what others have computed of its prompt is taken from them, the rest is run in chunks, the last of which gives the
+first token; then a token a step, until ``_accept`` finds a reason to finish. Events reach the reader through the call's
+``EventStream``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
-from headrace.backends.api import Capabilities, Row, StepModel
+from headrace.backends.api import Capabilities, PrefixModel, Row, StepModel
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import (
     BackendError,
@@ -51,7 +52,7 @@ from headrace.backends.types import (
 )
 from headrace.server.engine.pace import Pacer
 from headrace.server.engine.sampler import Sampled, SamplingState, sample
-from headrace.server.engine.scheduler import Chunk, Limits, Scheduler
+from headrace.server.engine.scheduler import Chunk, Copy, Keep, Limits, Release, Scheduler, SlotChange, Start
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.stream import EventStream
 from headrace.server.engine.text import StopMatch, TextAssembler
@@ -100,14 +101,17 @@ ENGINE_OPTIONS = frozenset(
         "scheduling.queue_timeout",
         "scheduling.on_expiry",
         "determinism.seed",
-        # There is nothing to use or to bypass yet, so every choice is honoured.
         "cache.prefix",
+        # There is nothing to use or to bypass yet, so every choice is honoured.
         "cache.response",
     }
 )
 """The request fields that every step-wise model honours, because the engine does."""
 
 ENGINE_CAPABILITIES = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
+
+_MIN_PREFIX_BLOCK = 16
+"""Tokens of a prompt that are shared or not as one, at least; a multiple of what the model can cut."""
 
 DEFAULT_TEMPERATURE = 0.0
 """Greedy: an unset request gives the same answer every time."""
@@ -123,9 +127,11 @@ class Engine:
         clock: Callable[[], float],
         max_queued: int,
         logits_processors: Mapping[str, type[LogitsProcessor]] | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot.
-        ``logits_processors`` are those that ``call.extensions`` may name.
+        ``logits_processors`` are those that ``call.extensions`` may name. ``prefix_cache``: whether prompts begin with
+        what earlier ones of their tenant have computed, where the model is a ``PrefixModel``.
         """
         self.model = model
         self.max_tokens = min(model.card.context_length, model.num_kv_tokens)
@@ -135,9 +141,12 @@ class Engine:
         self._logits_processors = logits_processors or {}
         self._num_queued = 0
         self._loop = asyncio.get_running_loop()
-        self._scheduler = Scheduler(
-            Limits(model.num_slots, model.num_kv_tokens, model.max_chunk, model.chunk_alignment)
-        )
+        self._prefix_model = model if prefix_cache and isinstance(model, PrefixModel) else None
+        self._scheduler = Scheduler(_limits(model, self._prefix_model))
+        self.num_looked_up_tokens = 0
+        """Tokens of prompts that were looked up in the prefix cache, ever."""
+        self.num_reused_tokens = 0
+        """Those of them that did not have to be computed."""
         self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
         self._mixes: bool = getattr(model, "mixes", False)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -166,6 +175,11 @@ class Engine:
     def kv_utilization(self) -> float:
         """The share of the cache that is reserved, 0 to 1."""
         return self._scheduler.num_reserved_tokens / self.model.num_kv_tokens
+
+    @property
+    def num_retained_tokens(self) -> int:
+        """Tokens of the cache that sequences which are over have left for others; room for whoever wants it."""
+        return self._scheduler.num_retained_tokens
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -307,8 +321,8 @@ class Engine:
                 self._take_commands(wait=idle)
                 self._expire()
                 step = self._scheduler.schedule(self._chunk_budget())
-                for sequence in step.started:
-                    self._start(sequence)
+                for change in step.changes:
+                    self._change(change)
                 if step.decodes and step.chunks and self._mixes:
                     self._decode_and_prefill(step.decodes, step.chunks)
                 else:
@@ -332,6 +346,8 @@ class Engine:
     def _stop(self) -> None:
         """Ends the thread, after all that was asked for before."""
         self._closing = True
+        for change in self._scheduler.give_up_retained():
+            self._change(change)
 
     def _add(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -344,26 +360,56 @@ class Engine:
             if sequence in present:
                 self._remove(sequence)
 
-    def _remove(self, sequence: Sequence) -> None:
-        slot = sequence.slot
-        self._scheduler.remove(sequence)
-        if slot is None:
+    def _remove(self, sequence: Sequence, *, retain: bool = True) -> None:
+        if sequence.slot is None:
             self._num_dequeued += 1
-        else:
-            self.model.release(slot)
+        for change in self._scheduler.remove(sequence, retain=retain):
+            self._change(change)
 
-    def _start(self, sequence: Sequence) -> None:
+    def _change(self, change: SlotChange) -> None:
+        """Tells the model what became of a slot."""
+        match change:
+            case Start(sequence, resumes):
+                self._start(sequence, resumes=resumes)
+            case Copy(source, sequence, num_tokens):
+                assert self._prefix_model is not None
+                assert sequence.slot is not None
+                self._prefix_model.copy_prefix(source, sequence.slot, num_tokens)
+                self._note_reuse(sequence)
+            case Keep(slot, num_tokens):
+                assert self._prefix_model is not None
+                self._prefix_model.truncate(slot, num_tokens, num_tokens)
+            case Release(slot):
+                self.model.release(slot)
+
+    def _start(self, sequence: Sequence, *, resumes: bool) -> None:
         assert sequence.slot is not None
         self._num_dequeued += 1
         meter, usage = sequence.call.meter, sequence.attempt.usage
         if meter.started is None:
             meter.started = self._clock()
             usage.input_tokens = sequence.num_prompt_tokens
-        self.model.reserve(sequence.slot, sequence.num_tokens_reserved)
+            if self._prefix_model is not None:
+                usage.cache_read_input_tokens = 0
+        if self._prefix_model is not None and sequence.call.request.use_prefix_cache:
+            self.num_looked_up_tokens += sequence.num_prompt_tokens
+        if resumes:
+            assert self._prefix_model is not None
+            self._prefix_model.truncate(sequence.slot, sequence.num_cached_tokens, sequence.num_tokens_reserved)
+            self._note_reuse(sequence)
+        else:
+            self.model.reserve(sequence.slot, sequence.num_tokens_reserved)
+
+    def _note_reuse(self, sequence: Sequence) -> None:
+        """A prompt is counted once, however many choices it has: as its first one met it."""
+        self.num_reused_tokens += sequence.num_reused_tokens
+        if sequence.choice == 0:
+            sequence.attempt.usage.cache_read_input_tokens = sequence.num_reused_tokens
 
     def _chunk_budget(self) -> int:
-        decodes = sum(sequence.num_tokens_to_run == 1 for sequence in self._scheduler.running())
-        return self._pacer.chunk_budget(decodes)
+        running = self._scheduler.running()
+        decodes = sum(sequence.num_tokens_to_run == 1 for sequence in running)
+        return self._pacer.chunk_budget(decodes, len(running) - decodes)
 
     def _decode(self, sequences: list[Sequence]) -> None:
         began = self._clock()
@@ -406,7 +452,7 @@ class Engine:
         ready = [chunk.sequence for chunk, row in zip(chunks, rows, strict=True) if row.wants_logits]
         if ready:
             forbidden = [_forbidden(sequence) for sequence in ready]
-            sampled = sample(logits, [sequence.sampling for sequence in ready], forbidden)
+            sampled = sample(logits, range(len(ready)), [sequence.sampling for sequence in ready], forbidden)
             now = self._clock()
             for sequence, token in zip(ready, sampled, strict=True):
                 if isinstance(token, Exception):
@@ -490,16 +536,17 @@ class Engine:
         next_time = min((time for time in times if time is not None), default=None)
         return None if next_time is None else min(max(0.0, next_time - self._clock()), _LONGEST_WAIT)
 
-    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+    def _fail(self, sequence: Sequence, error: BaseException, *, retain: bool = True) -> None:
         """Ends a choice, and with it its call, with an error."""
         self._emit(sequence.stream, error)
-        self._remove(sequence)
+        self._remove(sequence, retain=retain)
 
     def _fail_all(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        """After something went wrong: what the slots hold is not to be trusted."""
         self._log.error("step_failed", exc_info=error)
         for sequence in sequences:
             try:
-                self._fail(sequence, _public(error))
+                self._fail(sequence, _public(error), retain=False)
             except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
                 self._log.error("release_failed", exc_info=second)
 
@@ -528,9 +575,26 @@ class Engine:
         if meter.started is None or meter.first_token is None or meter.last_token is None:
             return
         if meter.first_token > meter.started:
-            self._prefill_rates.append(sequence.num_prompt_tokens / (meter.first_token - meter.started))
+            num_computed = sequence.num_prompt_tokens - sequence.num_reused_tokens
+            self._prefill_rates.append(num_computed / (meter.first_token - meter.started))
         if sequence.num_output_tokens > 1 and meter.last_token > meter.first_token:
             self._decode_rates.append((sequence.num_output_tokens - 1) / (meter.last_token - meter.first_token))
+
+
+def _limits(model: StepModel, prefix_model: PrefixModel | None) -> Limits:
+    """``prefix_model`` is the same, if sequences may begin with what others have computed."""
+    align = model.chunk_alignment
+    if prefix_model is None:
+        return Limits(model.num_slots, model.num_kv_tokens, model.max_chunk, align)
+    return Limits(
+        model.num_slots,
+        model.num_kv_tokens,
+        model.max_chunk,
+        align,
+        num_spare_slots=prefix_model.num_spare_slots,
+        prefix_block=-(-_MIN_PREFIX_BLOCK // align) * align,
+        shares_output=prefix_model.decodes_like_chunks,
+    )
 
 
 def _public(error: Exception) -> BackendError:

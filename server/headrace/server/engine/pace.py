@@ -1,5 +1,5 @@
-"""How many prompt tokens a step may take on without making the running streams wait too long, and whether its decodes
-and chunks can share a run of the model.
+"""How many prompt tokens a step may take on without making the running streams wait too long, whether its decodes and
+chunks can share a run of the model, and what a guessed token costs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ _FEW_DECODES = 8
 _UNNOTICED_SECONDS = 0.04
 """What chunks may take beside fewer streams than that, however short their own steps are: text still comes faster than
 it is read, and who waits for a first token waits much less."""
+
+_CROWD_SECONDS = 0.25
+"""What chunks may take while more sequences wait for their first token than for their next one: then holding up the
+few serves the many, and larger chunks serve all."""
 
 _MIXED_IN_A_ROW = 31
 
@@ -28,9 +32,10 @@ class Pacer:
         self._num_decodes = 0
         """How many they were for."""
         self._num_mixed = 0
-        """Runs since then that had decodes and chunks."""
+        """Runs since then that had decodes and more."""
         self._waited = False
         self._seconds_per_token: float | None = None
+        self._seconds_per_draft: float | None = None
 
     def saw_decodes(self, num_decodes: int, seconds: float) -> None:
         if self._is_near(num_decodes):
@@ -47,10 +52,25 @@ class Pacer:
         self._num_mixed += 1
         self.saw_chunks(num_tokens, max(seconds - (self._decode_seconds or 0), 0))
 
+    def saw_drafts(self, num_drafts: int, seconds: float) -> None:
+        """A run of decodes, as many as ``can_mix`` was asked for, and ``num_drafts`` guessed tokens."""
+        self._num_mixed += 1
+        beyond = max(seconds - (self._decode_seconds or 0), 0)
+        self._seconds_per_draft = _smooth(self._seconds_per_draft, beyond / num_drafts)
+
+    def draft_price(self, num_decodes: int) -> float | None:
+        """What a guessed token costs beside so many decodes: the tokens that these alone would give in that time. None
+        if it is not known.
+        """
+        seconds = self._seconds_per_draft or self._seconds_per_token
+        if not seconds or not self._decode_seconds or not self._is_near(num_decodes):
+            return None
+        return seconds * num_decodes / self._decode_seconds
+
     def can_mix(self, num_decodes: int) -> bool:
-        """Whether the next run may have both: it is known what so many decodes take alone. What a run of both says of
-        its chunks is worth no more than that, so now and then there must be one of decodes alone. Never twice in a
-        row: however the number of decodes goes up and down, prompts go on.
+        """Whether the next run may have decodes and more: it is known what so many take alone. What such a run says of
+        its chunks, or its drafts, is worth no more than that, so now and then there must be one of decodes alone.
+        Never twice in a row: however the number of decodes goes up and down, prompts go on.
         """
         known = self._num_mixed < _MIXED_IN_A_ROW and self._is_near(num_decodes)
         self._waited = not (known or self._waited)
@@ -61,8 +81,8 @@ class Pacer:
             return False
         return abs(num_decodes - self._num_decodes) <= max(1, self._num_decodes // 8)
 
-    def chunk_budget(self, num_decodes: int) -> int:
-        """Prompt tokens for the next step, beside ``num_decodes`` running streams."""
+    def chunk_budget(self, num_decodes: int, num_prompts: int) -> int:
+        """Prompt tokens for the next step, beside ``num_decodes`` running streams, if so many prompts are under way."""
         if num_decodes == 0:
             return self._largest
         if not self._decode_seconds or not self._seconds_per_token:  # not measured, or by a clock that stands still
@@ -70,6 +90,8 @@ class Pacer:
         seconds = _MAX_STRETCH * self._decode_seconds
         if num_decodes < _FEW_DECODES:
             seconds = max(seconds, _UNNOTICED_SECONDS)
+        if num_prompts > num_decodes:
+            seconds = max(seconds, _CROWD_SECONDS)
         tokens = int(seconds / self._seconds_per_token)
         return max(self._smallest, min(tokens, self._largest))
 

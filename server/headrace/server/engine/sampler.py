@@ -3,32 +3,30 @@
 The stages, in order: logit bias, penalties, logits processors, tokens that may not come yet; then temperature, top-k,
 top-p, min-p and typical-p. Log-probabilities are those of the model, before any stage.
 
-The work is done on the largest logits of each row, and is exact: where the kept tokens may reach beyond them, or the
-drawn number falls beyond them, more are looked at, and in the end the whole row. A choice draws one number per token
-from its own stream, so what it gets depends on its seed and its own logits alone.
+Drawing itself is done where the logits lie (``api.Logits.draw``). A choice gives it one number per token, from its own
+stream, so what it gets depends on its seed and its own logits alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backends.api import Logits, TopLogits
+from headrace.backends.api import DrawOptions, Logits
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendError
 from headrace.backends.types import Sampling
 
-_NUM_CANDIDATES = (64, 512, 4096)
-"""How many candidates to look at, first for all rows, then for those that need more. The whole row comes last."""
+_EVERY_TOKEN = 2**63 - 1
 # What is closer to 0 is taken for these: it would overflow float32, and chooses no differently.
 _MIN_TEMPERATURE = 1e-9
 _MIN_REPETITION_PENALTY = 1e-9
 
 Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class SamplingState:
         """``num_logprobs`` is how many of the likeliest tokens to report; ``None``: no log-probabilities at all."""
         temperature = default_temperature if sampling.temperature is None else sampling.temperature
         self.temperature = max(temperature, _MIN_TEMPERATURE) if temperature else 0.0
-        self.top_k = sampling.top_k
+        self.top_k = min(sampling.top_k or _EVERY_TOKEN, _EVERY_TOKEN)
         self.top_p = sampling.top_p
         self.min_p = sampling.min_p
         self.typical_p = sampling.typical_p
@@ -84,9 +82,10 @@ class SamplingState:
             self._penalties.apply(row)
         for processor in self._processors:
             processor.process(self._prompt_ids, self._output_ids, row)
-            # Drawing from a row of nothing, or of NaN, would give a token that nobody chose.
-            if not row.max() > -np.inf:
-                raise BackendError(f"logits processor {processor.name!r} forbade every token, or made one NaN")
+            if not math.isfinite(row.max()):  # so that the message can name it: `sample` would find it too
+                raise BackendError(
+                    f"logits processor {processor.name!r} forbade every token, or made one infinite or NaN"
+                )
 
     def draw(self) -> float:
         """The next number of the choice's stream, in [0, 1)."""
@@ -105,14 +104,16 @@ class _Penalties:
 
     def __init__(self, sampling: Sampling, prompt_ids: Iterable[int]) -> None:
         self._repetition = np.float32(max(sampling.repetition_penalty, _MIN_REPETITION_PENALTY))
-        self._presence = np.float32(sampling.presence_penalty)
-        self._frequency = np.float32(sampling.frequency_penalty)
+        self._presence = sampling.presence_penalty
+        self._frequency = sampling.frequency_penalty
         seen = (
             np.unique(np.fromiter(prompt_ids, np.int64)) if sampling.repetition_penalty != 1 else np.empty(0, np.int64)
         )
-        self._size = seen.size
+        # Arrays with room to grow: the tokens, and what is subtracted from the logit of each.
         self._ids = np.resize(seen, max(64, 2 * seen.size)) if seen.size else np.zeros(64, np.int64)
-        self._counts = np.zeros(self._ids.size, np.float32)
+        self._subtracted = np.zeros(self._ids.size, np.float32)
+        self._counts = [0] * seen.size
+        """How often each came in the output."""
         self._index = {int(token_id): i for i, token_id in enumerate(seen)}
 
     @staticmethod
@@ -120,158 +121,81 @@ class _Penalties:
         return bool(sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty)
 
     def apply(self, row: Floats) -> None:
-        ids, counts = self._ids[: self._size], self._counts[: self._size]
+        ids = self._ids[: len(self._counts)]
         logits = row[ids]
-        logits = np.where(logits > 0, logits / self._repetition, logits * self._repetition)
-        row[ids] = logits - self._presence * (counts > 0) - self._frequency * counts
+        if self._repetition != 1:
+            # A positive logit is divided, a negative one multiplied: above 1 the smaller is right, below it the larger.
+            choose = np.minimum if self._repetition > 1 else np.maximum
+            logits = choose(logits / self._repetition, logits * self._repetition)
+        logits -= self._subtracted[: ids.size]
+        row[ids] = logits
 
     def count(self, token_id: int) -> None:
-        i = self._index.get(token_id)
-        if i is None:
-            if self._size == self._ids.size:
-                self._ids = np.resize(self._ids, 2 * self._size)
-                self._counts = np.concatenate([self._counts, np.zeros(self._size, np.float32)])
-            i = self._index[token_id] = self._size
+        i = self._index.setdefault(token_id, len(self._counts))
+        if i == len(self._counts):
+            if i == self._ids.size:
+                self._ids = np.resize(self._ids, 2 * i)
+                self._subtracted = np.concatenate([self._subtracted, np.zeros(i, np.float32)])
             self._ids[i] = token_id
-            self._size += 1
+            self._counts.append(0)
         self._counts[i] += 1
+        self._subtracted[i] = self._presence + self._frequency * self._counts[i]
 
 
 def sample(
-    logits: Logits, states: Sequence[SamplingState], forbidden: Sequence[Sequence[int]]
+    logits: Logits, indices: Sequence[int], states: Sequence[SamplingState], forbidden: Sequence[Sequence[int]]
 ) -> list[Sampled | Exception]:
-    """Chooses a token for each row. ``forbidden`` lists, row by row, the tokens that may not come yet. A row whose
-    logits processors fail gets what they raised.
+    """Chooses a token for each of the rows ``indices``. ``forbidden`` lists, row by row, the tokens that may not come
+    yet. A row whose logits processors fail gets what they raised; one that leaves nothing to choose, a BackendError.
     """
-    reports = _report_logprobs(logits, states)
+    rows = [logits.row(index) for index in indices]
+    edited = [state.edits or len(tokens) > 0 for state, tokens in zip(states, forbidden, strict=True)]
+    reports = _report_logprobs(logits, indices, states, edited)
     failures: dict[int, Exception] = {}
-    for i, (state, tokens) in enumerate(zip(states, forbidden, strict=True)):
-        if state.edits or tokens:
-            row = logits.row(i)
+    for i, state in enumerate(states):
+        if edited[i]:
             try:
-                state.edit(row)
+                state.edit(rows[i])
             except Exception as error:  # noqa: BLE001  # a plugin may raise anything; it fails its own row
                 failures[i] = error
-                row[:] = 0
-            row[list(tokens)] = -np.inf
+            rows[i][list(forbidden[i])] = -np.inf
+    results: list[Sampled | Exception] = []
+    for i, token_id in enumerate(_choose(logits, indices, states)):
+        if i not in failures and not math.isfinite(rows[i][token_id]):
+            failures[i] = BackendError("the model gave no token: a logit is NaN or infinite, or all are forbidden")
+        if i in failures:
+            results.append(failures[i])
+        else:
+            states[i].accept(token_id)
+            report = reports[i]
+            results.append(report.of(token_id) if report else Sampled(token_id))
+    return results
+
+
+def _choose(logits: Logits, indices: Sequence[int], states: Sequence[SamplingState]) -> list[int]:
+    """A token for each row."""
+    chosen = np.zeros(len(states), np.int64)
     drawn = [i for i, state in enumerate(states) if state.temperature > 0]
-    chosen = [0] * len(states) if len(drawn) == len(states) else logits.greedy().tolist()
     if drawn:
-        for i, token_id in zip(drawn, _draw(logits, drawn, [states[i] for i in drawn]), strict=True):
-            chosen[i] = token_id
-    for state, token_id in zip(states, chosen, strict=True):
-        state.accept(token_id)
-    return [
-        failures.get(i) or (report.of(token_id) if report else Sampled(token_id))
-        for i, (report, token_id) in enumerate(zip(reports, chosen, strict=True))
-    ]
+        options = _draw_options([states[i] for i in drawn])
+        chosen[drawn] = logits.draw([indices[i] for i in drawn], options)
+    greedy = [i for i, state in enumerate(states) if state.temperature == 0]
+    if greedy:
+        chosen[greedy] = logits.greedy([indices[i] for i in greedy])
+    ids: list[int] = chosen.tolist()
+    return ids
 
 
-def _draw(logits: Logits, rows: Sequence[int], states: Sequence[SamplingState]) -> list[int]:
-    """Draws a token for each of ``rows``, whose temperatures are above 0."""
-    numbers = [state.draw() for state in states]
-    chosen: dict[int, int] = {}
-    for num_candidates in _NUM_CANDIDATES:
-        left = [i for i, state in enumerate(states) if i not in chosen and state.typical_p == 1]
-        if left:
-            drawn = _draw_from_candidates(
-                logits, [rows[i] for i in left], [states[i] for i in left], [numbers[i] for i in left], num_candidates
-            )
-            chosen |= {i: token_id for i, token_id in zip(left, drawn, strict=True) if token_id is not None}
-    for i, state in enumerate(states):
-        if i not in chosen:
-            chosen[i] = _draw_from_row(logits.row(rows[i]), state, numbers[i])
-    return [chosen[i] for i in range(len(states))]
-
-
-def _draw_from_candidates(
-    logits: Logits,
-    rows: Sequence[int],
-    states: Sequence[SamplingState],
-    numbers: Sequence[float],
-    num_candidates: int,
-) -> list[int | None]:
-    """Draws from the largest logits of each row; ``None`` where they are not the whole story."""
-    temperature = np.array([state.temperature for state in states], np.float32)
-    top = logits.top(rows, num_candidates, temperature)
-    num_candidates = top.token_ids.shape[1]
-    probabilities = np.exp(top.logits.astype(np.float64) / temperature[:, None] - top.log_sum_exp[:, None])
-    top_k = np.array([state.top_k or np.inf for state in states])
-    kept = _kept(
-        probabilities,
-        total=np.ones(len(states)),
-        top_k=top_k,
+def _draw_options(states: Sequence[SamplingState]) -> DrawOptions:
+    """Their temperatures are above 0."""
+    return DrawOptions(
+        temperature=np.array([state.temperature for state in states]),
+        top_k=np.array([state.top_k for state in states], np.int64),
         top_p=np.array([state.top_p for state in states]),
         min_p=np.array([state.min_p for state in states]),
+        typical_p=np.array([state.typical_p for state in states]),
+        number=np.array([state.draw() for state in states]),
     )
-    sums = np.cumsum(np.where(kept, probabilities, 0.0), axis=1)
-    # Where top-k reaches beyond the candidates, or nothing but their number ends them, they are not the whole story.
-    open_ended = np.where(np.isinf(top_k), kept[:, -1], top_k > num_candidates)
-    open_ended &= num_candidates < logits.row(rows[0]).size
-    drawn: list[int | None] = []
-    for i, (state, number) in enumerate(zip(states, numbers, strict=True)):
-        if not open_ended[i]:
-            drawn.append(int(top.token_ids[i, _position(sums[i], number * sums[i, -1])]))
-        elif state.top_p == 1 and state.min_p == 0 and state.top_k is None and number < sums[i, -1]:
-            # Everything is kept, so the sums are those of the whole distribution.
-            drawn.append(int(top.token_ids[i, _position(sums[i], number)]))
-        else:
-            drawn.append(None)
-    return drawn
-
-
-def _kept(
-    probabilities: Doubles, *, total: Doubles, top_k: Doubles, top_p: Doubles, min_p: Doubles
-) -> NDArray[np.bool_]:
-    """Which of each row's tokens, likeliest first, top-k, top-p and min-p keep. [R, K]; the options are [R]."""
-    ranks = np.arange(probabilities.shape[1])
-    within_k = ranks < top_k[:, None]
-    # Each stage renormalises: top-p is a share of what top-k keeps (of `total` where top-k keeps all).
-    mass_of_k = np.where(np.isinf(top_k), total, np.where(within_k, probabilities, 0.0).sum(axis=1))
-    mass_before = np.cumsum(probabilities, axis=1) - probabilities
-    kept = within_k & ((mass_before < (top_p * mass_of_k)[:, None]) | (top_p[:, None] == 1))
-    kept &= probabilities >= min_p[:, None] * probabilities[:, :1]
-    kept[:, 0] = True
-    result: NDArray[np.bool_] = kept
-    return result
-
-
-def _draw_from_row(row: Floats, state: SamplingState, u: float) -> int:
-    """Draws from a whole row of logits, [V]."""
-    order = np.argsort(-row, kind="stable")
-    scaled = row[order].astype(np.float64) / state.temperature
-    probabilities = np.exp(scaled - scaled[0])
-    probabilities /= probabilities.sum()
-    kept = _kept(
-        probabilities[None],
-        total=np.ones(1),
-        top_k=np.array([state.top_k or np.inf]),
-        top_p=np.array([state.top_p]),
-        min_p=np.array([state.min_p]),
-    )[0]
-    if state.typical_p < 1:
-        kept &= _typical(np.where(kept, probabilities, 0.0), state.typical_p)
-    sums = np.cumsum(np.where(kept, probabilities, 0.0))
-    return int(order[_position(sums, u * sums[-1])])
-
-
-def _typical(probabilities: Doubles, typical_p: float) -> NDArray[np.bool_]:
-    """Which tokens locally typical sampling keeps (Meister et al. 2022, arXiv 2202.00666). Zeros are never kept."""
-    p = probabilities / probabilities.sum()
-    surprise = -np.log(p, out=np.full_like(p, np.inf), where=p > 0)
-    entropy = float((p[p > 0] * surprise[p > 0]).sum())
-    order = np.argsort(np.abs(surprise - entropy), kind="stable")
-    mass_before = np.cumsum(p[order]) - p[order]
-    kept = np.zeros(p.size, np.bool_)
-    kept[order] = mass_before < typical_p
-    result: NDArray[np.bool_] = kept & (p > 0)
-    return result
-
-
-def _position(sums: Doubles, target: float) -> int:
-    """Where a running sum first exceeds ``target``, at the last increase at most."""
-    last = int(np.searchsorted(sums, sums[-1], side="left"))
-    return min(int(np.searchsorted(sums, target, side="right")), last)
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------
@@ -282,25 +206,27 @@ class _Report:
     """What is needed to report one row's log-probabilities after its token is known."""
 
     raw: Floats
-    top: TopLogits
-    index: int
-    num_top: int
+    log_sum_exp: float
+    top: Sequence[tuple[int, float]]
 
     def of(self, token_id: int) -> Sampled:
-        norm = float(self.top.log_sum_exp[self.index])
-        ids, logits = self.top.token_ids[self.index], self.top.logits[self.index]
-        top = tuple((int(ids[j]), float(logits[j]) - norm) for j in range(min(self.num_top, ids.size)))
-        return Sampled(token_id, float(self.raw[token_id]) - norm, top)
+        top = tuple((other, logit - self.log_sum_exp) for other, logit in self.top)
+        return Sampled(token_id, float(self.raw[token_id]) - self.log_sum_exp, top)
 
 
-def _report_logprobs(logits: Logits, states: Sequence[SamplingState]) -> list[_Report | None]:
-    """Takes down, before any edit, what the rows that want log-probabilities will need."""
+def _report_logprobs(
+    logits: Logits, indices: Sequence[int], states: Sequence[SamplingState], edited: Sequence[bool]
+) -> list[_Report | None]:
+    """Takes down what the rows that want log-probabilities will need, before those that are ``edited`` are."""
     rows = [i for i, state in enumerate(states) if state.num_logprobs is not None]
     reports: list[_Report | None] = [None] * len(states)
     if rows:
         most = max(states[i].num_logprobs or 0 for i in rows)
-        top = logits.top(rows, max(1, most), np.ones(len(rows), np.float32))
-        for index, i in enumerate(rows):
-            # A copy: `sample` may edit the row.
-            reports[i] = _Report(logits.row(i).copy(), top, index, states[i].num_logprobs or 0)
+        top = logits.top([indices[i] for i in rows], max(1, most), np.ones(len(rows), np.float32))
+        columns = zip(rows, top.log_sum_exp.tolist(), top.token_ids.tolist(), top.logits.tolist(), strict=True)
+        for i, log_sum_exp, ids, largest in columns:
+            num_top = states[i].num_logprobs or 0
+            raw = logits.row(indices[i])
+            raw = raw.copy() if edited[i] else raw
+            reports[i] = _Report(raw, log_sum_exp, list(zip(ids[:num_top], largest[:num_top], strict=True)))
     return reports

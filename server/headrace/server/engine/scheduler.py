@@ -1,4 +1,4 @@
-"""Decides which sequences run next, and in what slots. Pure: no I/O, no clock, no model."""
+"""Decides which sequences run next, in what slots, and what they begin with. Pure: no I/O, no clock, no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from headrace.server.engine.sequence import Sequence
+from headrace.server.engine.slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,12 @@ class Limits:
     num_kv_tokens: int
     max_chunk: int
     chunk_alignment: int
+    num_spare_slots: int = 0
+    """Slots beyond those that run."""
+    prefix_block: int = 0
+    """Tokens of what others have computed that a sequence can begin with: a multiple of this; 0: none."""
+    shares_output: bool = False
+    """Whether that may be tokens that were decoded (``PrefixModel.decodes_like_chunks``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,34 +35,92 @@ class Chunk:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A sequence got its slot: an empty one, or if it ``resumes``, one that has its first ``num_cached_tokens``."""
+
+    sequence: Sequence
+    resumes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A sequence begins with ``num_tokens`` of another slot."""
+
+    source: int
+    sequence: Sequence
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A slot is nobody's any more, and only its first ``num_tokens`` count."""
+
+    slot: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A slot is empty."""
+
+    slot: int
+
+
+SlotChange = Start | Copy | Keep | Release
+"""What the model has to be told, in order."""
+
+
 @dataclass(slots=True)
 class Step:
-    """What to run now: first ``decodes``, one token each; then ``chunks``. ``started`` got their slots just now."""
+    """What to run now: first ``decodes``, one token each; then ``chunks``. ``changes`` come before both."""
 
-    started: list[Sequence] = field(default_factory=list)
+    changes: list[SlotChange] = field(default_factory=list)
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
 
+    @property
+    def started(self) -> list[Sequence]:
+        """Those that got their slots just now."""
+        return [change.sequence for change in self.changes if isinstance(change, Start)]
+
     def __bool__(self) -> bool:
-        return bool(self.started or self.decodes or self.chunks)
+        return bool(self.changes or self.decodes or self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a sequence shares with a slot."""
+
+    slot: int
+    num_tokens: int
 
 
 class Scheduler:
     """Sequences wait in order of latency class, priority and arrival, then run until they are removed.
 
     A sequence starts when there is a free slot and room for all the tokens it can ever have, so it never has to stop
-    for want of memory; none overtakes one that waits for room. Slots are given lowest first, which keeps a
-    batch's slots close to each other.
+    for want of memory; none overtakes one that waits for room.
+
+    It begins with what another of its tenant has computed: one that is over and retained, whose slot it takes over if
+    that has nothing else; or one that runs. If one that runs is about to compute what both share, the later waits with
+    its slot until that is done (or the other is gone), and copies it then.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._order = itertools.count()
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
-        self._running: dict[Sequence, None] = {}
-        """In order of start."""
-        self._free_slots = list(range(limits.num_slots))
-        self._num_free_tokens = limits.num_kv_tokens
+        self._running: dict[Sequence, int] = {}
+        """In order of start, and its number in that."""
+        self._followers: dict[Sequence, tuple[Sequence, int]] = {}
+        """Those that wait for an earlier one to have so many tokens in the cache."""
+        self._by_slot: dict[int, Sequence] = {}
+        self._slots = Slots(
+            num_slots=limits.num_slots + limits.num_spare_slots,
+            num_tokens=limits.num_kv_tokens,
+            block=limits.prefix_block,
+        )
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running()
@@ -75,7 +140,13 @@ class Scheduler:
 
     @property
     def num_reserved_tokens(self) -> int:
-        return self._limits.num_kv_tokens - self._num_free_tokens
+        """Of sequences that run."""
+        return self._slots.num_used_tokens
+
+    @property
+    def num_retained_tokens(self) -> int:
+        """Of sequences that are over, kept for others to begin with."""
+        return self._slots.num_retained_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Its ``num_tokens_reserved`` must fit an empty cache."""
@@ -85,24 +156,41 @@ class Scheduler:
         rank = (int(scheduling.latency_class), -scheduling.priority, next(self._order))
         heapq.heappush(self._waiting, (rank, sequence))
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence, waiting or running; its slot is free at once."""
-        if sequence.slot is None:
+    def remove(self, sequence: Sequence, *, retain: bool = False) -> list[SlotChange]:
+        """Forgets a sequence, waiting or running; its slot is free at once. If it may be of use to others, it is kept
+        with what is in the cache: ``retain`` says that this is sound.
+        """
+        slot = sequence.slot
+        if slot is None:
             self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
             heapq.heapify(self._waiting)
-            return
-        del self._running[sequence]
-        heapq.heappush(self._free_slots, sequence.slot)
-        self._num_free_tokens += sequence.num_tokens_reserved
+            return []
+        del self._running[sequence], self._by_slot[slot]
+        self._followers.pop(sequence, None)
         sequence.slot = None
+        num_tokens = self._num_shareable_tokens(sequence) if retain else 0
+        if num_tokens == 0:
+            self._slots.free(slot)
+            return [Release(slot)]
+        given_up = self._slots.retain(slot, _tenant(sequence), sequence.tokens[:num_tokens])
+        kept: list[SlotChange] = [] if slot in given_up else [Keep(slot, num_tokens)]
+        return [*kept, *map(Release, given_up)]
+
+    def give_up_retained(self) -> list[SlotChange]:
+        """Empties every slot that no sequence runs in."""
+        return [Release(slot) for slot in self._slots.give_up_all()]
 
     def schedule(self, chunk_budget: int) -> Step:
         """The next step. Prompts get at most ``chunk_budget`` tokens of it, the oldest first, and at least one chunk.
 
         A sequence whose reader is too slow stands still until it has caught up.
         """
-        step = Step(started=self._start())
+        step = Step()
+        self._catch_up(step)
+        self._start(step)
         for sequence in self._running:
+            if sequence in self._followers:
+                continue
             if sequence.num_tokens_to_run > 1:
                 if chunk_budget > 0:
                     end = self._cut(sequence, chunk_budget)
@@ -112,18 +200,105 @@ class Scheduler:
                 step.decodes.append(sequence)
         return step
 
-    def _start(self) -> list[Sequence]:
-        started = []
-        while self._waiting and self._free_slots:
+    def _start(self, step: Step) -> None:
+        while self._waiting and len(self._running) < self._limits.num_slots:
             sequence = self._waiting[0][1]
-            if sequence.num_tokens_reserved > self._num_free_tokens:
+            if sequence.num_tokens_reserved > self._slots.num_obtainable_tokens:
                 break
             heapq.heappop(self._waiting)
-            sequence.slot = heapq.heappop(self._free_slots)
-            self._num_free_tokens -= sequence.num_tokens_reserved
-            self._running[sequence] = None
-            started.append(sequence)
-        return started
+            self._running[sequence] = next(self._order)
+            self._give_slot(sequence, step)
+
+    def _give_slot(self, sequence: Sequence, step: Step) -> None:
+        """There is room, if need be that of all that is retained."""
+        found, leader = self._find(sequence)
+        if leader is not None:
+            self._followers[sequence] = leader
+            found = None
+        num_tokens, slots = sequence.num_tokens_reserved, self._slots
+        taken = None
+        if found is None or slots.num_kept(found.slot) != found.num_tokens:
+            # None: there is only room if the source itself gives way.
+            taken = slots.take(num_tokens, spare=None if found is None else found.slot)
+        if taken is not None:
+            sequence.slot, given_up = taken
+        else:
+            assert found is not None
+            sequence.slot, resumed = found.slot, slots.resume(found.slot, num_tokens)
+            assert resumed is not None
+            given_up = resumed
+        step.changes += [Release(slot) for slot in given_up]
+        step.changes.append(Start(sequence, resumes=taken is None))
+        self._by_slot[sequence.slot] = sequence
+        if found is not None:
+            self._begin_with(sequence, found, step)
+        if self._shares(sequence):
+            slots.put(sequence.slot, _tenant(sequence), sequence.tokens)
+
+    def _catch_up(self, step: Step) -> None:
+        """Lets those go on whose leaders have what they wait for, or are gone."""
+        for sequence, (leader, num_tokens) in list(self._followers.items()):
+            if leader in self._running and leader.num_cached_tokens < num_tokens:
+                continue
+            del self._followers[sequence]
+            found, next_leader = self._find(sequence)
+            if next_leader is not None:
+                self._followers[sequence] = next_leader
+            elif found is not None:
+                self._begin_with(sequence, found, step)
+
+    def _begin_with(self, sequence: Sequence, found: _Found, step: Step) -> None:
+        """A sequence with a slot begins with what was found, in its own or in another."""
+        assert sequence.slot is not None
+        sequence.num_cached_tokens = sequence.num_reused_tokens = found.num_tokens
+        if found.slot == sequence.slot:
+            # What it held beyond that is another sequence's.
+            self._slots.put(found.slot, _tenant(sequence), sequence.tokens[: found.num_tokens])
+        else:
+            self._slots.touch(found.slot)
+            step.changes.append(Copy(found.slot, sequence, found.num_tokens))
+
+    def _find(self, sequence: Sequence) -> tuple[_Found | None, tuple[Sequence, int] | None]:
+        """What a sequence that has nothing in the cache can begin with now; and if an earlier one is about to have
+        more of what both share, that one, and how much.
+
+        Two tokens at least are left to run, since one would be a decode. Nobody waits for a less urgent sequence.
+        """
+        if not self._shares(sequence):
+            return None, None
+        common = self._slots.common(_tenant(sequence), sequence.tokens, len(sequence.tokens) - 2)
+        found: _Found | None = None
+        best = 0, False
+        for slot, num_tokens in common.items():
+            holder = self._by_slot.get(slot)
+            there = num_tokens if holder is None else min(num_tokens, self._num_shareable_tokens(holder))
+            # Of equals the one that can be taken over: nothing has to be copied.
+            rank = there, self._slots.num_kept(slot) == there
+            if there and rank > best:
+                found, best = _Found(slot, there), rank
+        leader: tuple[Sequence, int] | None = None
+        for slot, num_tokens in common.items():
+            holder = self._by_slot.get(slot)
+            if (
+                holder is not None
+                and self._running[holder] < self._running[sequence]
+                and _urgency(holder) <= _urgency(sequence)
+                and max(best[0], holder.num_cached_tokens) < num_tokens
+                and (leader is None or num_tokens > leader[1])
+            ):
+                leader = holder, num_tokens
+        return found, leader
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return self._limits.prefix_block > 0 and sequence.call.request.use_prefix_cache
+
+    def _num_shareable_tokens(self, sequence: Sequence) -> int:
+        """Tokens in the cache that others can begin with."""
+        if not self._shares(sequence):
+            return 0
+        most = len(sequence.tokens) if self._limits.shares_output else sequence.num_prompt_tokens
+        block = self._limits.prefix_block
+        return min(sequence.num_cached_tokens, most) // block * block
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Where the next chunk of a prompt ends: at its end, or at a multiple of the alignment that leaves more than
@@ -138,3 +313,12 @@ class Scheduler:
         if total - end != 1:
             return end
         return total if end - start == align else end - align
+
+
+def _tenant(sequence: Sequence) -> str:
+    """As verified: nothing that a caller says decides whose cache is read."""
+    return sequence.call.principal.tenant
+
+
+def _urgency(sequence: Sequence) -> int:
+    return int(sequence.call.request.scheduling.latency_class)

@@ -36,6 +36,8 @@ class Sequence:
     """When it has waited too long to start; seconds on the engine's clock."""
     slot: int | None = None
     num_cached_tokens: int = 0
+    num_reused_tokens: int = 0
+    """Tokens of the prompt that others had computed."""
     unsent_ids: list[int] = field(default_factory=list)
     """Tokens no delta has carried yet."""
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)

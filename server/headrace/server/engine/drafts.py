@@ -1,0 +1,74 @@
+"""Guesses what comes next, for the model to check many tokens in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_SHORTEST_MATCH = 2
+_LONGEST_MATCH = 4
+_FIRST_ACCEPTANCE = {2: 0.4, 3: 0.6, 4: 0.75}
+"""By length of the match, before anything is known of a sequence: texts that repeat themselves more than this gain a
+few steps late, others lose little."""
+_SMOOTHING = 0.15
+_FORGETTING = 0.02
+"""How far, with each draft that did not seem worth its price, its likely acceptance goes back to what it was at first:
+a text may begin to repeat itself late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may come next, and how many of the last tokens led to them."""
+
+    token_ids: Sequence[int]
+    match: int
+
+
+class PromptLookup:
+    """Drafts what followed when the text last ended as it does now: free of a second model, and good where an answer
+    copies from its prompt or repeats itself (prompt lookup; LLMA, arXiv 2304.04487).
+
+    It learns how much of its drafts, by length of the match, the model goes along with.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, ...], int] = {}
+        """Where the last occurrence of so many tokens in a row ended, but for the ones at the end of the text."""
+        self._num_indexed = 0
+        self._acceptance = dict(_FIRST_ACCEPTANCE)
+
+    def propose(self, tokens: Sequence[int], price: float, longest: int) -> Draft | None:
+        """A draft of at most ``longest`` tokens after ``tokens``, which only ever grow at their end; None if there is
+        nothing worth its price. It goes as far as a token's chance, to be accepted like all before, is above ``price``.
+        """
+        self._index(tokens)
+        for match in range(_LONGEST_MATCH, _SHORTEST_MATCH - 1, -1):
+            end = self._ends.get(tuple(tokens[-match:]))
+            if end is None:
+                continue
+            acceptance = self._acceptance[match]
+            depth, chance = 0, acceptance
+            while depth < longest and chance > price:
+                depth, chance = depth + 1, chance * acceptance
+            if not depth:
+                self._acceptance[match] += _FORGETTING * (_FIRST_ACCEPTANCE[match] - acceptance)
+            # What it copies may reach into the draft itself, when a text repeats itself in short turns.
+            follows = [*tokens[end : end + depth]]
+            while follows and len(follows) < depth:
+                follows.append(follows[len(follows) - (len(tokens) - end)])
+            return Draft(follows, match) if follows else None
+        return None
+
+    def learn(self, draft: Draft, num_accepted: int) -> None:
+        """Takes note of how many tokens of a draft were what the model chose."""
+        tried = min(num_accepted + 1, len(draft.token_ids))
+        before = self._acceptance[draft.match]
+        weight = 1 - (1 - _SMOOTHING) ** tried
+        self._acceptance[draft.match] = before + weight * (num_accepted / tried - before)
+
+    def _index(self, tokens: Sequence[int]) -> None:
+        """Takes down all that ends before the last token."""
+        for end in range(max(self._num_indexed, _SHORTEST_MATCH), len(tokens)):
+            for match in range(_SHORTEST_MATCH, min(_LONGEST_MATCH, end) + 1):
+                self._ends[tuple(tokens[end - match : end])] = end
+        self._num_indexed = len(tokens)

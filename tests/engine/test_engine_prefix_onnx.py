@@ -1,0 +1,98 @@
+"""Prompts that begin alike, on real graphs: the same bits, whether their beginning was computed or copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_kit import Answer, make_call, read, running_engine
+
+from headrace.backends.api import DeterminismClass
+from headrace.backends.onnx.build import build_bundle
+from headrace.backends.onnx.bundle import read_manifest
+from headrace.backends.onnx.model import CHUNK_ALIGNMENT, OnnxModel
+from headrace.backends.onnx.plugin import compiled_operators
+from headrace.backends.tokenizer import HuggingFaceTokenizer
+from headrace.backends.types import Prompt, ResponseOptions, Stopping
+from tests.onnx import tiny
+
+NUM_NEW = 40
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prefix")
+    source = tiny.write_gguf(folder / "tiny.gguf")
+    build_bundle(source, name="tiny", models_dir=folder, quantization="int8", progress=tiny.quietly)
+    return folder / "tiny"
+
+
+def load(folder: Path, *, compiled: bool) -> OnnxModel:
+    manifest = read_manifest(folder)
+    return OnnxModel(
+        folder,
+        manifest,
+        HuggingFaceTokenizer.from_bundle(folder, manifest),
+        threads=2,
+        num_slots=4,
+        num_kv_bytes=2**22,
+        spinning=False,
+        operators=compiled_operators() if compiled else None,
+        num_spare_slots=2,
+    )
+
+
+@pytest.fixture(params=["compiled", "stock", "stock, where bits depend on cuts"])
+def model(bundle: Path, request: pytest.FixtureRequest) -> OnnxModel:
+    """Closed by the engine that runs it."""
+    compiled = request.param == "compiled"
+    if compiled and compiled_operators() is None:
+        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
+    loaded = load(bundle, compiled=compiled)
+    if "cuts" in request.param:
+        loaded.determinism = DeterminismClass.BEST_EFFORT
+        loaded.chunk_alignment, loaded.max_chunk = 4 * CHUNK_ALIGNMENT, 4 * CHUNK_ALIGNMENT + 1
+    else:
+        assert loaded.determinism is DeterminismClass.BIT_EXACT
+    return loaded
+
+
+def seen(answer: Answer) -> list[object]:
+    """Log-probabilities show every bit of the logits."""
+    return [answer.ids(), answer.logprobs(), answer.finish()]
+
+
+async def converse(model: OnnxModel, *, prefix_cache: bool) -> tuple[list[object], list[int | None]]:
+    """A turn, the turn after it, another after the same beginning, and the second once more."""
+    answers: list[object] = []
+    hits: list[int | None] = []
+    prompts = [tuple(range(40, 150))]
+    async with running_engine(model, prefix_cache=prefix_cache) as engine:
+        for turn in range(4):
+            call = make_call(
+                max_new_tokens=NUM_NEW,
+                seed=1,
+                stopping=Stopping(ignore_eos=True),
+                response=ResponseOptions(token_ids=True, logprobs=True, top_logprobs=3),
+            )
+            call.prompt = Prompt("", prompts[turn])
+            answer = await read(engine, call)
+            answers.append(seen(answer))
+            hits.append(call.meter.usage().cache_read_input_tokens)
+            if turn == 0:
+                second = (*prompts[0], *answer.ids(), *range(30))
+                prompts += [second, (*prompts[0][:90], *range(60)), second]
+    return answers, hits
+
+
+async def test_every_turn_has_the_bits_that_it_has_without_a_cache(bundle: Path, model: OnnxModel) -> None:
+    align, decoded = model.chunk_alignment, model.decodes_like_chunks
+    cold = load(bundle, compiled=model.mixes)
+    cold.determinism, cold.chunk_alignment, cold.max_chunk = model.determinism, align, model.max_chunk
+    expected, none = await converse(cold, prefix_cache=False)
+    answers, hits = await converse(model, prefix_cache=True)
+    assert answers == expected
+    assert none == [None] * 4
+    whole = 110 + NUM_NEW + 30
+    there = 110 + NUM_NEW - 1 if decoded else 110
+    assert hits == [0, there // align * align, 90 // align * align, (whole - 2) // align * align]
