@@ -15,7 +15,7 @@ from typing import Any
 
 from answering import Measure, answer
 
-from headrace.backends.api import BackendContext, Row, StepModel
+from headrace.backends.api import BackendContext, PrefixModel, Row, StepModel
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
 
 
@@ -24,16 +24,18 @@ def main() -> None:
     parser.add_argument("--models-dir", type=Path, required=True, help="folder of model bundles")
     parser.add_argument("--model", default="smollm2-135m", help="name of the bundle (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "int8"))
     arguments = parser.parse_args()
     answer(lambda: _load(arguments))
 
 
 def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
-    backend = OnnxBackend(OnnxOptions(threads=arguments.threads), BackendContext(arguments.models_dir))
-    model = backend.load(arguments.model)
+    options = OnnxOptions(threads=arguments.threads, kv_cache_dtype=arguments.kv_cache_dtype)
+    model = OnnxBackend(options, BackendContext(arguments.models_dir)).load(arguments.model)
     description = (
         f"headrace {version('headrace')}, onnxruntime {version('onnxruntime')}, {model.card.name}"
-        f" {model.card.quantization}, {model.determinism.name}, {arguments.threads} threads"
+        f" {model.card.quantization}, cache {arguments.kv_cache_dtype}, {model.determinism.name},"
+        f" {arguments.threads} threads"
     )
 
     def measure(case: Mapping[str, Any]) -> float:
@@ -44,12 +46,16 @@ def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
     return description, measure
 
 
-def _decode(model: StepModel, num_rows: int, num_cached: int, num_steps: int) -> float:
+def _decode(model: PrefixModel, num_rows: int, num_cached: int, num_steps: int) -> float:
     """Tokens per second of ``num_steps`` steps of ``num_rows`` rows."""
-    slots = range(num_rows)
+    slots, prompt = range(num_rows), _tokens(num_cached)
+    # All have the same prompt: copies of one, each in memory of its own, but for the end that is not a whole cut.
+    num_copied = (num_cached - 2) // model.chunk_alignment * model.chunk_alignment
     for slot in slots:
         model.reserve(slot, num_cached + 1 + num_steps)
-        _run_prompt(model, slot, _tokens(num_cached))
+        if slot and num_copied:
+            model.copy_prefix(0, slot, num_copied)
+        _run_prompt(model, slot, prompt, num_copied if slot else 0)
 
     def step(position: int) -> None:
         model.step([Row(slot, position, [42], wants_logits=True) for slot in slots])
@@ -75,10 +81,9 @@ def _prefill(model: StepModel, num_tokens: int) -> float:
     return num_tokens / seconds
 
 
-def _run_prompt(model: StepModel, slot: int, prompt: Sequence[int]) -> None:
-    """Runs a prompt in the largest chunks that the contract allows."""
+def _run_prompt(model: StepModel, slot: int, prompt: Sequence[int], position: int = 0) -> None:
+    """Runs a prompt, from ``position`` on, in the largest chunks that the contract allows."""
     size = model.max_chunk // model.chunk_alignment * model.chunk_alignment
-    position = 0
     while position < len(prompt):
         end = min(position + size, len(prompt))
         if len(prompt) - end == 1:
