@@ -121,6 +121,29 @@ def test_logits_of_a_prompt_do_not_depend_on_the_prompts_in_the_same_run(model: 
             assert logits.row(1).tobytes() == alone
 
 
+def test_guesses_get_the_bits_of_tokens_that_come_one_by_one_whoever_runs_beside_them(model: OnnxModel) -> None:
+    if not model.mixes:
+        assert model.max_drafts == 0
+        return
+    tokens, later = prompt(40, 3), [5, 6, 7, 8, 9, 10]
+    with reserved(model, 0):
+        feed(model, 0, tokens)
+        alone = decode(model, 0, 40, later)
+    with reserved(model, 0, 1, 30):
+        for slot, length in ((0, 40), (1, 40), (30, 33)):
+            feed(model, slot, tokens[:length])
+        first = model.step(
+            [
+                Row(30, 33, [1, 2, 3], wants_logits=True, num_drafts=2),
+                Row(1, 40, [later[0], 11, 12, 13], wants_logits=True, num_drafts=3),
+                Row(0, 40, later, wants_logits=True, num_drafts=5),
+            ]
+        )
+        assert [first.row(i).tobytes() for i in range(7, 13)] == alone
+        assert first.row(3).tobytes() == alone[0]
+        assert decode(model, 1, 41, later[1:]) == alone[1:], "what was wrong is written over"
+
+
 @pytest.fixture(scope="module")
 def lines(model: OnnxModel) -> list[tuple[list[int], list[int], list[bytes]]]:
     """31 sequences, each of a prompt, the tokens that follow it, and the bits it gives alone in slot 0."""

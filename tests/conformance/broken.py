@@ -447,6 +447,39 @@ class LogitsGoWithTheirSlot(StepModel):
             array_of(self.last)[:] = 0
 
 
+# --- mixtures ------------------------------------------------------------------------------------------------------
+
+
+@caught_by("test_guesses_get_the_logits_of_tokens_that_come_one_by_one", "a guess behind it")
+class GivesGuessesTheSameLogits(StepModel):
+    def __init__(self):
+        super().__init__(max_drafts=4)
+
+    def _run(self, row):
+        logits = super()._run(row)
+        return [logits[0]] * len(logits)
+
+
+@caught_by("test_a_wrong_guess_is_written_over", "where a wrong guess stood")
+class KeepsAWrongGuess(StepModel):
+    def __init__(self):
+        super().__init__(max_drafts=4)
+
+    def _run(self, row):
+        wrong = len(self._slots[row.slot]) > row.num_cached_tokens
+        return [logits + np.float32(1e-4 * wrong) for logits in super()._run(row)]
+
+
+@caught_by("test_decodes_and_chunks_share_a_step_if_it_says_so", "share a step")
+class SaysThatItMixes(StepModel):
+    mixes = True
+
+    def step(self, rows):
+        arrays = [array_of(super(SaysThatItMixes, self).step([row])) for row in rows]
+        mixed = len({len(row.token_ids) == 1 for row in rows}) > 1
+        return HostLogits(np.concatenate(arrays) + np.float32(1e-4 * mixed))
+
+
 # --- prefixes ------------------------------------------------------------------------------------------------------
 
 

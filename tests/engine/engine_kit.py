@@ -58,9 +58,10 @@ async def running_engine(
     clock: Callable[[], float] = time.monotonic,
     max_queued: int = 1000,
     prefix_cache: bool = True,
+    speculation: bool = True,
 ) -> AsyncIterator[Engine]:
     """An engine on ``model``; when it is closed, the model checks that no slot is left in use."""
-    engine = Engine(model, clock=clock, max_queued=max_queued, prefix_cache=prefix_cache)
+    engine = Engine(model, clock=clock, max_queued=max_queued, prefix_cache=prefix_cache, speculation=speculation)
     try:
         yield engine
     finally:

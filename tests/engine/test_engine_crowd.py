@@ -80,8 +80,8 @@ async def test_what_a_call_gets_in_a_crowd_is_what_it_gets_alone(seed: int) -> N
                 alone = await read(engine, like(call))
                 assert essence(answer, call.request.n) == essence(alone, call.request.n)
         assert num_compared > 10
-        await until(lambda: engine.num_running == engine.num_queued == 0)
-        assert model.num_reserved_tokens == engine.num_retained_tokens
+        await until(lambda: engine.runner.num_running == engine.num_queued == 0)
+        assert model.num_reserved_tokens == engine.runner.num_retained_tokens
 
 
 async def test_500_vanished_callers_leave_nothing_behind() -> None:
@@ -98,10 +98,10 @@ async def test_500_vanished_callers_leave_nothing_behind() -> None:
 
         for _ in range(10):
             await asyncio.gather(*(vanish(random_call(dice)) for _ in range(50)))
-        await until(lambda: engine.num_running == engine.num_queued == 0)
-        assert engine.kv_utilization == 0
-        assert model.num_reserved_tokens == engine.num_retained_tokens
-        assert not list(engine._scheduler)
+        await until(lambda: engine.runner.num_running == engine.num_queued == 0)
+        assert engine.runner.kv_utilization == 0
+        assert model.num_reserved_tokens == engine.runner.num_retained_tokens
+        assert not list(engine.runner._scheduler)
         # And the engine is as good as new.
         assert (await read(engine, make_call(max_new_tokens=20))).text() == letters("prompt", 20)
     await until(lambda: threading.active_count() <= before + 1, timeout=2)  # asyncio.to_thread keeps one
@@ -113,7 +113,7 @@ async def test_a_vanished_callers_slot_is_free_within_one_step() -> None:
     async with running_engine(model) as engine:
         await read(engine, make_call(max_new_tokens=1000), limit=3)
         num_steps = model.num_steps
-        await until(lambda: engine.num_running == 0)
+        await until(lambda: engine.runner.num_running == 0)
         assert model.num_steps <= num_steps + 1
 
 
@@ -121,7 +121,7 @@ async def test_a_caller_that_vanishes_from_the_queue_is_not_run() -> None:
     model = scripted(num_slots=1, seconds_per_step=0.002)
     async with running_engine(model) as engine:
         first = asyncio.ensure_future(read(engine, make_call(max_new_tokens=30)))
-        await until(lambda: engine.num_running == 1)
+        await until(lambda: engine.runner.num_running == 1)
         second = asyncio.ensure_future(read(engine, call := make_call(max_new_tokens=30, n=3)))
         await until(lambda: engine.num_queued == 3)
         second.cancel()
@@ -152,7 +152,7 @@ async def test_a_slow_reader_holds_up_itself_alone_and_goes_on_where_it_was() ->
         others = [await read(engine, make_call(f"fast {i}", max_new_tokens=100)) for i in range(3)]
         assert [other.text() for other in others] == [letters(f"fast {i}", 100) for i in range(3)]
         assert await standing_still(call, model) < 70, "a reader that does not read gets no more made for it"
-        assert engine.num_running == 1
+        assert engine.runner.num_running == 1
         async for event in slow:
             answer.events.append(event)
         answer.check_order(1)

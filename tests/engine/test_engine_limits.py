@@ -54,7 +54,7 @@ async def test_a_call_whose_deadline_passes_ends_with_that_error() -> None:
         clock.now += 0.5
         with pytest.raises(DeadlineExceeded):
             await task
-        await until(lambda: engine.num_running == 0)
+        await until(lambda: engine.runner.num_running == 0)
     assert call.meter.attempts[0].outcome is AttemptOutcome.EXPIRED
     assert 0 < (call.meter.usage().output_tokens or 0) < 4000
 
@@ -134,7 +134,7 @@ async def test_time_passes_for_a_call_that_stands_still_too() -> None:
         call = make_call(max_new_tokens=500, stopping=Stopping(time_limit=0.3))
         slow = engine.generate(call)
         answer = Answer([await anext(slow)])
-        await until(lambda: engine.num_running == 0)
+        await until(lambda: engine.runner.num_running == 0)
         assert time.monotonic() - call.arrived >= 0.3
         async for event in slow:
             answer.events.append(event)
@@ -202,11 +202,11 @@ async def test_the_queue_is_served_by_class_then_priority_then_arrival() -> None
 
 async def test_the_gauges_tell_what_is_there() -> None:
     async with running_engine(scripted(num_slots=2, num_kv_tokens=1000, seconds_per_step=0.001)) as engine:
-        assert (engine.num_running, engine.num_queued, engine.kv_utilization) == (0, 0, 0)
+        assert (engine.runner.num_running, engine.num_queued, engine.runner.kv_utilization) == (0, 0, 0)
         task = start(engine, make_call(b"p" * 50, n=3, max_new_tokens=350))
-        await until(lambda: (engine.num_running, engine.num_queued, engine.kv_utilization) == (2, 1, 0.8))
+        await until(lambda: (engine.runner.num_running, engine.num_queued, engine.runner.kv_utilization) == (2, 1, 0.8))
         task.cancel()
-        await until(lambda: (engine.num_running, engine.num_queued, engine.kv_utilization) == (0, 0, 0))
+        await until(lambda: (engine.runner.num_running, engine.num_queued, engine.runner.kv_utilization) == (0, 0, 0))
 
 
 async def test_the_cache_bounds_a_choice_where_it_is_smaller_than_the_context() -> None:
@@ -275,7 +275,7 @@ async def test_a_run_that_fails_fails_all_that_are_in_it() -> None:
             *(read(engine, make_call(f"prompt {i}", max_new_tokens=2000)) for i in range(4)), return_exceptions=True
         )
         assert [type(result) for result in results] == [BackendError] * 4
-        await until(lambda: engine.num_running == 0)
+        await until(lambda: engine.runner.num_running == 0)
 
 
 async def test_failures_of_different_callers_are_different_exceptions() -> None:
@@ -312,7 +312,7 @@ async def test_finish_all_ends_every_choice_with_what_it_has() -> None:
         assert 0 < len(running.text()) < 4000
         assert running.text() == letters("prompt", len(running.text()))
         assert (queued.finish().reason, queued.text()) == (FinishReason.SHUTDOWN, "")
-        assert (engine.num_running, engine.num_queued) == (0, 0)
+        assert (engine.runner.num_running, engine.num_queued) == (0, 0)
 
 
 async def test_finish_all_on_an_idle_engine_returns() -> None:

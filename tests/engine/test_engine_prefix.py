@@ -49,9 +49,9 @@ async def test_a_second_prompt_begins_where_it_differs_from_the_first_and_is_ans
         assert await ask(engine, SYSTEM + "One.") == (letters(SYSTEM + "One.", 20), 0)
         assert await ask(engine, SYSTEM + "Two.") == (letters(SYSTEM + "Two.", 20), 144)
         assert model.num_chunk_tokens == 149 + 5
-        assert (engine.num_looked_up_tokens, engine.num_reused_tokens) == (2 * 149, 144)
-        assert 0 < engine.num_retained_tokens <= 2 * (149 + 20)
-        assert (engine.kv_utilization, engine.num_running) == (0, 0)
+        assert (engine.runner.num_looked_up_tokens, engine.runner.num_reused_tokens) == (2 * 149, 144)
+        assert 0 < engine.runner.num_retained_tokens <= 2 * (149 + 20)
+        assert (engine.runner.kv_utilization, engine.runner.num_running) == (0, 0)
 
 
 async def test_other_tenants_find_nothing() -> None:
@@ -64,7 +64,7 @@ async def test_other_tenants_find_nothing() -> None:
 async def test_a_bypass_neither_reads_nor_writes() -> None:
     async with running_engine(scripted()) as engine:
         assert await ask(engine, SYSTEM, use_prefix_cache=False) == (letters(SYSTEM, 20), 0)
-        assert engine.num_retained_tokens == engine.num_looked_up_tokens == 0
+        assert engine.runner.num_retained_tokens == engine.runner.num_looked_up_tokens == 0
         assert await ask(engine, SYSTEM) == (letters(SYSTEM, 20), 0)
         assert await ask(engine, SYSTEM, use_prefix_cache=False) == (letters(SYSTEM, 20), 0)
 
@@ -81,7 +81,7 @@ async def test_a_chat_of_ten_turns_computes_each_of_its_tokens_once(num_slots: i
             assert hit == (0 if turn == 0 else (len(history) - len(f" Question {turn}? ") - 1) // 16 * 16)
             history += answer
         assert model.num_chunk_tokens < len(history)
-        assert engine.num_retained_tokens <= len(history), "one copy of the history is kept"
+        assert engine.runner.num_retained_tokens <= len(history), "one copy of the history is kept"
 
 
 async def test_prompts_that_arrive_together_are_computed_once() -> None:
@@ -107,9 +107,9 @@ async def test_when_the_call_that_computes_for_others_is_cancelled_they_go_on() 
     async with running_engine(model) as engine:
         long = SYSTEM * 5
         first = asyncio.ensure_future(ask(engine, long + "first"))
-        await until(lambda: engine.num_running == 1)
+        await until(lambda: engine.runner.num_running == 1)
         others = [asyncio.ensure_future(ask(engine, f"{long}{i}")) for i in range(4)]
-        await until(lambda: engine.num_running == 5)
+        await until(lambda: engine.runner.num_running == 5)
         first.cancel()
         assert [text for text, _ in await asyncio.gather(*others)] == [letters(f"{long}{i}", 20) for i in range(4)]
     assert model.num_chunk_tokens < 2 * len(long)
@@ -119,13 +119,13 @@ async def test_a_prompt_that_fails_leaves_nothing_for_others() -> None:
     async with running_engine(scripted()) as engine:
         with pytest.raises(BackendError):
             await ask(engine, SYSTEM + "\0")
-        assert engine.num_retained_tokens == 0
+        assert engine.runner.num_retained_tokens == 0
 
 
 async def test_an_engine_told_not_to_reuses_nothing_and_reports_nothing() -> None:
     async with running_engine(scripted(), prefix_cache=False) as engine:
         assert await ask(engine, SYSTEM) == await ask(engine, SYSTEM) == (letters(SYSTEM, 20), None)
-        assert engine.num_retained_tokens == engine.num_looked_up_tokens == 0
+        assert engine.runner.num_retained_tokens == engine.runner.num_looked_up_tokens == 0
 
 
 def alike(dice: random.Random) -> Call:
@@ -161,9 +161,9 @@ async def test_what_a_call_gets_does_not_depend_on_what_it_finds(seed: int) -> N
 
         calls = [alike(dice) for _ in range(60)]
         answers = await asyncio.gather(*(visit(call, dice.random() * 0.2) for call in calls))
-        await until(lambda: engine.num_running == engine.num_queued == 0)
-        assert model.num_reserved_tokens == engine.num_retained_tokens
-        assert engine.num_reused_tokens > 1000
+        await until(lambda: engine.runner.num_running == engine.num_queued == 0)
+        assert model.num_reserved_tokens == engine.runner.num_retained_tokens
+        assert engine.runner.num_reused_tokens > 1000
     async with running_engine(counting(), prefix_cache=False) as engine:
         for call, answer in zip(calls, answers, strict=True):
             if answer is not None:

@@ -52,6 +52,7 @@ class SchedulerAgainstReference(RuleBasedStateMachine):
         self.running: dict[int, Sequence] = {}
         self.order_of_start: list[Sequence] = []
         self.num_added = 0
+        self.num_turns = 0
 
     @rule(
         num_prompt=st.integers(1, 120),
@@ -119,7 +120,11 @@ class SchedulerAgainstReference(RuleBasedStateMachine):
 
     def check_chunks(self, step: Step, budget: int) -> None:
         prompts = [s for s in self.order_of_start if len(s.tokens) - s.num_cached_tokens > 1]
-        assert [chunk.sequence for chunk in step.chunks] == prompts[: len(step.chunks)], "the oldest come first"
+        if len(prompts) > 1:
+            self.num_turns += 1
+            if self.num_turns % 4:  # else the oldest come first
+                prompts.sort(key=lambda s: (s.call.request.scheduling.latency_class, s.num_tokens_to_run))
+        assert [chunk.sequence for chunk in step.chunks] == prompts[: len(step.chunks)]
         assert step.chunks or not prompts, "every step takes the prompts on"
         lengths = []
         for chunk in step.chunks:
@@ -200,6 +205,41 @@ def test_a_long_prompt_does_not_hold_up_the_streams_that_run() -> None:
         assert step.decodes == [chat]
         assert [chunk.end - chunk.sequence.num_cached_tokens for chunk in step.chunks] == [32]
         run(step)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever() -> None:
+    scheduler = Scheduler(Limits(3, 10_000, 128, 16))
+    long = make_sequence(2000, 1)
+    scheduler.add(long)
+    run(scheduler.schedule(32))
+    waits = []
+    for _ in range(40):
+        short = make_sequence(64, 1)
+        scheduler.add(short)
+        waits.append(0)
+        while short.num_output_tokens == 0:
+            waits[-1] += 1
+            run(scheduler.schedule(32))
+        scheduler.remove(short)
+    assert max(waits) == 3, "two steps, and one that goes to the long one"
+    assert long.num_cached_tokens > 2000 / 4
+
+
+def test_urgent_prompts_come_first() -> None:
+    scheduler = Scheduler(Limits(3, 10_000, 128, 16))
+    batch = make_sequence(64, 1, latency_class=LatencyClass.BATCH)
+    voice = make_sequence(200, 1, latency_class=LatencyClass.VOICE)
+    scheduler.add(batch)
+    run(scheduler.schedule(16))
+    scheduler.add(voice)
+    firsts = []
+    while voice.num_output_tokens == 0:
+        step = scheduler.schedule(32)
+        firsts.append(step.chunks[0].sequence)
+        run(step)
+    assert firsts.count(voice) >= 3 * firsts.count(batch)
+    assert voice.num_output_tokens == 1
+    assert batch.num_cached_tokens < 64 or batch.num_output_tokens == 1
 
 
 def test_the_whole_of_the_longest_chunk_is_used() -> None:

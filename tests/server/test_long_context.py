@@ -57,10 +57,10 @@ async def test_a_long_prompt_holds_up_no_short_one_and_no_memory_but_its_own(smo
         token_bytes = memory._cells.nbytes // (memory._cells.shape[2] * memory.capacity)
 
         long = asyncio.create_task(events_of(app.generate, long_call(num_tokens)))
-        await until(lambda: engine.num_running == 1)
+        await until(lambda: engine.runner.num_running == 1)
         short = await asyncio.gather(*(events_of(app.generate, short_call(i)) for i in range(NUM_SHORT)))
         assert all(deltas(events) for events in short)
-        (running,) = engine._scheduler.running()
+        (running,) = engine.runner._scheduler.running()
         assert running.num_cached_tokens < num_tokens / 2, "the short ones waited for the long one"
         beside = await long
 

@@ -290,4 +290,4 @@ async def test_a_caller_that_goes_away_while_its_prompt_is_tokenized_leaves_noth
         assert made.meter.attempts == []
         (served,) = app.registry
         assert served.engine is not None
-        await until(lambda: served.engine.num_running == served.engine.num_queued == 0)
+        await until(lambda: served.engine.runner.num_running == served.engine.num_queued == 0)

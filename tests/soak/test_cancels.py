@@ -39,10 +39,10 @@ async def test_ten_thousand_cancels_at_random_phases_leave_nothing_behind() -> N
 
     await asyncio.gather(*(cancelled_call(number) for number in range(NUM_CALLS)))
     for _ in range(200):
-        if not engine.num_running and not engine.num_queued:
+        if not engine.runner.num_running and not engine.num_queued:
             break
         await asyncio.sleep(0.05)
-    assert (engine.num_running, engine.num_queued) == (0, 0)
-    assert model.num_reserved_tokens == engine.num_retained_tokens
+    assert (engine.runner.num_running, engine.num_queued) == (0, 0)
+    assert model.num_reserved_tokens == engine.runner.num_retained_tokens
     await engine.close()
     assert model.num_reserved_tokens == 0

@@ -112,6 +112,9 @@ class Row:
     token_ids: Sequence[int]
     wants_logits: bool
     """Whether to compute the logits after its last token."""
+    num_drafts: int = 0
+    """How many of its last tokens are guesses. If there are any, the row wants logits after each of its last
+    ``num_drafts + 1`` tokens. What turns out wrong is written over: the next row of the slot then begins earlier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,9 @@ class DrawOptions:
 
 
 class Logits(Protocol):
-    """The logits of one step: a row for each ``Row`` that wanted them, in order. Valid until the model's next step."""
+    """The logits of one step: for each ``Row`` that wanted them as many rows as it wanted, in order. Valid until the
+    model's next step.
+    """
 
     def row(self, index: int) -> NDArray[np.float32]:
         """Row ``index``, [V], writable: penalties, biases and masks are applied in place, and count from then on.
@@ -180,7 +185,8 @@ class StepModel(Model, Protocol):
     engine reserves.
 
     A model may have an attribute ``mixes``, true if decodes and chunks may share a step without changing a bit of
-    either (of its output, where it is BIT_EXACT).
+    either (of its output, where it is BIT_EXACT). It may have an attribute ``max_drafts``: how many guesses the
+    decodes of a step may carry in all. Logits must then be what they are where the same tokens come one by one.
     """
 
     @property

@@ -20,6 +20,7 @@ from contextlib import aclosing
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.backends.api import (
@@ -83,6 +84,8 @@ class ScriptedModelOptions(BaseModel):
     """Slots beside theirs, for sequences that are over, of kind step."""
     num_kv_tokens: int = Field(32768, ge=2)
     """Tokens that all of them can have, of kind step."""
+    max_drafts: int = Field(0, ge=0)
+    """Guesses that a step may carry, of kind step."""
 
 
 class ScriptedOptions(BaseModel):
@@ -142,11 +145,14 @@ class ScriptedStepModel:
         self.num_slots = options.num_slots
         self.num_spare_slots = options.num_spare_slots
         self.num_kv_tokens = options.num_kv_tokens
+        self.max_drafts = options.max_drafts
         self.num_steps = 0
         self._options = options
         self._slots: dict[int, list[int]] = {}
         self._reserved: dict[int, int] = {}
         self._prompt_lengths: dict[int, int] = {}
+        self._num_drafts: dict[int, int] = {}
+        """At the end of each slot: what of them was right is known by the next row."""
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -161,6 +167,7 @@ class ScriptedStepModel:
     def release(self, slot: int) -> None:
         del self._slots[slot], self._reserved[slot]
         self._prompt_lengths.pop(slot, None)
+        self._num_drafts.pop(slot, None)
 
     def truncate(self, slot: int, num_cached_tokens: int, num_tokens: int) -> None:
         assert num_cached_tokens % self.chunk_alignment == 0, "a slot is cut in a wrong place"
@@ -168,6 +175,7 @@ class ScriptedStepModel:
         del self._slots[slot][num_cached_tokens:]
         self._reserved[slot] = num_tokens
         self._prompt_lengths.pop(slot, None)
+        self._num_drafts.pop(slot, None)
         self._check_reserved()
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
@@ -180,10 +188,11 @@ class ScriptedStepModel:
     def step(self, rows: Sequence[Row]) -> Logits:
         assert len({row.slot for row in rows}) == len(rows) > 0, "rows share a slot"
         assert len(rows) <= self.num_slots, "more sequences run than the model has room for"
-        assert len({len(row.token_ids) == 1 for row in rows}) == 1, "decodes and chunks share a run"
+        assert len({len(row.token_ids) - row.num_drafts == 1 for row in rows}) == 1, "decodes and chunks share a run"
+        assert sum(row.num_drafts for row in rows) <= self.max_drafts, "there are more guesses than may be"
         self.num_steps += 1
         time.sleep(self._options.seconds_per_step)
-        logits = [self._logits(row.slot) for row in rows if self._append(row).wants_logits]
+        logits = [logits for row in rows for logits in self._run(row)]
         return HostLogits(np.array(logits, np.float32).reshape(-1, VOCABULARY_SIZE))
 
     def problem(self) -> str | None:
@@ -195,19 +204,31 @@ class ScriptedStepModel:
     def _check_reserved(self) -> None:
         assert self.num_reserved_tokens <= self.num_kv_tokens, "more is reserved than there is"
 
-    def _append(self, row: Row) -> Row:
+    def _run(self, row: Row) -> list[NDArray[np.float32]]:
+        """Appends a row's tokens; the logits that it wants."""
         tokens = self._slots[row.slot]
-        assert row.num_cached_tokens == len(tokens), "tokens are missing or given twice"
+        num_wrong = len(tokens) - row.num_cached_tokens
+        assert 0 <= num_wrong <= self._num_drafts.get(row.slot, 0), "tokens are missing or given twice"
+        del tokens[row.num_cached_tokens :]
+        self._num_drafts[row.slot] = row.num_drafts
         assert len(row.token_ids) <= self.max_chunk, "a chunk is too long"
         end = len(tokens) + len(row.token_ids)
         assert end <= self._reserved[row.slot], "a sequence outgrows its reservation"
         assert row.wants_logits or end % self.chunk_alignment == 0, "a prompt is cut in a wrong place"
-        tokens += row.token_ids
+        num_known = len(row.token_ids) - row.num_drafts
+        tokens += row.token_ids[:num_known]
         if row.slot not in self._prompt_lengths and ord(_FAILS) in row.token_ids:
             raise BackendError("the prompt holds the byte that makes this model fail")
-        return row
+        if not row.wants_logits:
+            return []
+        logits = [self._logits(row.slot)]
+        for guess in row.token_ids[num_known:]:
+            tokens.append(guess)
+            logits.append(self._logits(row.slot))
+        return logits
 
-    def _logits(self, slot: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def _logits(self, slot: int) -> NDArray[np.float32]:
+        """After the last token of a slot."""
         tokens = self._slots[slot]
         length = self._prompt_lengths.setdefault(slot, len(tokens))
         logits = np.random.default_rng(_hash(tokens)).normal(size=VOCABULARY_SIZE).astype(np.float32)

@@ -58,6 +58,7 @@ class App:
             clock=clock,
             max_queued=settings.max_queued,
             prefix_cache=settings.prefix_cache,
+            speculation=settings.speculation,
             logits_processors=[processor for plugin in self.plugins for processor in plugin.logits_processors],
         )
         middleware = components.make_middleware(settings, self.plugins)
@@ -167,6 +168,6 @@ def _describe(served: Served, default: str | None) -> ServedModel:
         vocabulary_size=model.tokenizer.vocabulary_size if model and model.tokenizer else None,
         continuous_batching=engine is not None,
         default_sampling=Sampling(temperature=DEFAULT_TEMPERATURE) if engine else Sampling(),
-        prefill_tokens_per_second=engine.prefill_tokens_per_second if engine else None,
-        decode_tokens_per_second=engine.decode_tokens_per_second if engine else None,
+        prefill_tokens_per_second=engine.runner.prefill_tokens_per_second if engine else None,
+        decode_tokens_per_second=engine.runner.decode_tokens_per_second if engine else None,
     )

@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(
         True, description="Whether a prompt begins with what an earlier one of the same tenant has computed."
     )
+    speculation: bool = Field(
+        True, description="Whether models check guessed tokens, many in one run, where that is likely to pay."
+    )
     max_batch_in_flight: int = Field(64, ge=1, description="Prompts of one GenerateBatch stream that run at once.")
     max_message_bytes: int = Field(4 * 2**20, ge=2**10, description="Size of a gRPC message at most.")
     tokenizer_threads: int = Field(2, ge=1, description="Threads that tokenize.")

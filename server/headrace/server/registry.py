@@ -64,10 +64,12 @@ class ModelRegistry:
         max_queued: int,
         logits_processors: Sequence[type[LogitsProcessor]] = (),
         prefix_cache: bool = True,
+        speculation: bool = True,
     ) -> None:
         self._clock = clock
         self._max_queued = max_queued
         self._prefix_cache = prefix_cache
+        self._speculation = speculation
         self._logits_processors = {processor.name: processor for processor in logits_processors}
         self._served: dict[str, Served] = {}
         self._default: str | None = None
@@ -146,6 +148,7 @@ class ModelRegistry:
                 max_queued=self._max_queued,
                 logits_processors=processors,
                 prefix_cache=self._prefix_cache,
+                speculation=self._speculation,
             )
             served.capabilities = replace(
                 ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}

@@ -167,11 +167,11 @@ def _observe(engine: Engine, metrics: Metrics) -> None:
     metrics.observe_engine(
         engine.model.card.name,
         queued=lambda: engine.num_queued,
-        running=lambda: engine.num_running,
-        kv_utilization=lambda: engine.kv_utilization,
-        retained_tokens=lambda: engine.num_retained_tokens,
-        looked_up_tokens=lambda: engine.num_looked_up_tokens,
-        reused_tokens=lambda: engine.num_reused_tokens,
+        running=lambda: engine.runner.num_running,
+        kv_utilization=lambda: engine.runner.kv_utilization,
+        retained_tokens=lambda: engine.runner.num_retained_tokens,
+        looked_up_tokens=lambda: engine.runner.num_looked_up_tokens,
+        reused_tokens=lambda: engine.runner.num_reused_tokens,
     )
 
 

@@ -32,6 +32,7 @@ def main() -> None:
 def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
     options = OnnxOptions(threads=arguments.threads, kv_cache_dtype=arguments.kv_cache_dtype)
     model = OnnxBackend(options, BackendContext(arguments.models_dir)).load(arguments.model)
+    assert isinstance(model, PrefixModel)
     description = (
         f"headrace {version('headrace')}, onnxruntime {version('onnxruntime')}, {model.card.name}"
         f" {model.card.quantization}, cache {arguments.kv_cache_dtype}, {model.determinism.name},"

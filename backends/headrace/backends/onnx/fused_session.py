@@ -48,11 +48,15 @@ class FusedSession:
     def _bind_chunks(self, rows: Sequence[Row]) -> _Feeds:
         counts = [len(row.token_ids) for row in rows]
         ends = np.cumsum(counts)
+        logits_index: list[int] = []
+        for row, end in zip(rows, ends.tolist(), strict=True):
+            if row.wants_logits:
+                logits_index += range(end - 1 - row.num_drafts, end)
         return self._bind(
             np.concatenate([np.asarray(row.token_ids, np.int64) for row in rows]),
             np.repeat([row.slot for row in rows], counts).astype(np.int32),
             np.concatenate([row.num_cached_tokens + np.arange(len(row.token_ids), dtype=np.int32) for row in rows]),
-            [end - 1 for row, end in zip(rows, ends, strict=True) if row.wants_logits],
+            logits_index,
         )
 
     def _bind(

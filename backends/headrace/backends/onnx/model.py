@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CHUNK = 128
 CHUNK_ALIGNMENT = 16
+MAX_DRAFTS = 64
+"""Beyond that a guess costs as much as any other token: there is nothing to gain."""
 
 
 class OnnxModel:
@@ -87,9 +89,10 @@ class OnnxModel:
             dtype=dtype,
         )
         self._session: Session = FusedSession(session, self._kv) if fused else StockSession(session, self._kv)
-        self._logits = np.empty((num_slots, manifest.vocabulary_size), np.float32)
+        self._logits = np.empty((num_slots + MAX_DRAFTS, manifest.vocabulary_size), np.float32)
         self.determinism = self._warm_up()
         self.mixes = fused and self.determinism is DeterminismClass.BIT_EXACT
+        self.max_drafts = MAX_DRAFTS if self.mixes else 0
         self.decodes_like_chunks = self.mixes and self._probe_decodes()
 
     def reserve(self, slot: int, num_tokens: int) -> None:
@@ -107,7 +110,7 @@ class OnnxModel:
     def step(self, rows: Sequence[Row]) -> Logits:
         for row in rows:
             self._kv.touch(row.slot, row.num_cached_tokens + len(row.token_ids))
-        logits = self._logits[: sum(row.wants_logits for row in rows)]
+        logits = self._logits[: sum(1 + row.num_drafts for row in rows if row.wants_logits)]
         self._session.run(rows, logits)
         return CompiledLogits(logits) if self._top is None else OnnxLogits(logits, self._top)
 

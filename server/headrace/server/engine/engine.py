@@ -1,38 +1,23 @@
-"""Continuous batching for a step-wise model: one thread steps it, requests join and leave at any step.
+"""Continuous batching for a step-wise model: requests join and leave at any step.
 
-A step is up to two packed runs: the decodes, one token for each running stream; then the chunks of the prompts. They
-are kept apart because a decode that shares a run with a chunk takes another path through attention: apart, what a
-sequence gets does not depend on who runs beside it.
-
-The life of a choice: ``generate`` makes a ``Sequence`` and hands it to the thread; it waits in the ``Scheduler`` for a
-slot; what others have computed of its prompt is taken from them, the rest is run in chunks, the last of which gives the
-first token; then a token a step, until ``_accept`` finds a reason to finish. Events reach the reader through the call's
-``EventStream``.
+``generate`` makes a ``Sequence`` for each choice of a call and hands it to the ``Runner``, whose thread steps the
+model. Events reach the reader through the call's ``EventStream``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import secrets
-import statistics
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
-import structlog
-
-from headrace.backends.api import Capabilities, PrefixModel, Row, StepModel
+from headrace.backends.api import Capabilities, StepModel
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import (
-    BackendError,
-    BackendUnavailable,
     DeadlineExceeded,
     HeadraceError,
     InvalidArgument,
     QueueFull,
-    QueueTimeout,
 )
 from headrace.backends.types import (
     MAX_CHOICES,
@@ -41,28 +26,17 @@ from headrace.backends.types import (
     AttemptOutcome,
     Call,
     ChoiceFinish,
-    Delta,
-    Event,
     Events,
-    ExpiryAction,
-    FinishReason,
     StreamEnd,
-    TokenLogprob,
-    TopLogprob,
 )
-from headrace.server.engine.pace import Pacer
-from headrace.server.engine.sampler import Sampled, SamplingState, sample
-from headrace.server.engine.scheduler import Chunk, Copy, Keep, Limits, Release, Scheduler, SlotChange, Start
+from headrace.server.engine.runner import Outbox, Runner
+from headrace.server.engine.sampler import SamplingState
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.stream import EventStream
-from headrace.server.engine.text import StopMatch, TextAssembler
+from headrace.server.engine.text import TextAssembler
 
 _MAX_PENDING_EVENTS = 64
 """Events a reader may be behind before its sequences stand still."""
-_IDLE_CHUNK_TOKENS = 256
-"""Prompt tokens of a step in which no stream runs; a cancel waits for one step."""
-_LONGEST_WAIT = 3600.0
-"""Seconds the thread waits at most; callers may set limits of ten thousand years, which no queue takes."""
 
 ENGINE_OPTIONS = frozenset(
     {
@@ -110,9 +84,6 @@ ENGINE_OPTIONS = frozenset(
 
 ENGINE_CAPABILITIES = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
 
-_MIN_PREFIX_BLOCK = 16
-"""Tokens of a prompt that are shared or not as one, at least; a multiple of what the model can cut."""
-
 DEFAULT_TEMPERATURE = 0.0
 """Greedy: an unset request gives the same answer every time."""
 
@@ -128,10 +99,12 @@ class Engine:
         max_queued: int,
         logits_processors: Mapping[str, type[LogitsProcessor]] | None = None,
         prefix_cache: bool = True,
+        speculation: bool = True,
     ) -> None:
         """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot.
         ``logits_processors`` are those that ``call.extensions`` may name. ``prefix_cache``: whether prompts begin with
-        what earlier ones of their tenant have computed, where the model is a ``PrefixModel``.
+        what earlier ones of their tenant have computed, where the model is a ``PrefixModel``. ``speculation``: whether
+        the model checks guessed tokens where that is likely to pay, if it can.
         """
         self.model = model
         self.max_tokens = min(model.card.context_length, model.num_kv_tokens)
@@ -141,55 +114,15 @@ class Engine:
         self._logits_processors = logits_processors or {}
         self._num_queued = 0
         self._loop = asyncio.get_running_loop()
-        self._prefix_model = model if prefix_cache and isinstance(model, PrefixModel) else None
-        self._scheduler = Scheduler(_limits(model, self._prefix_model))
-        self.num_looked_up_tokens = 0
-        """Tokens of prompts that were looked up in the prefix cache, ever."""
-        self.num_reused_tokens = 0
-        """Those of them that did not have to be computed."""
-        self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
-        self._mixes: bool = getattr(model, "mixes", False)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: list[tuple[EventStream, Event | BaseException]] = []
-        self._num_dequeued = 0
-        """Sequences that left the queue, which the event loop has not been told of."""
-        self._closing = False
-        self._prefill_rates: deque[float] = deque(maxlen=64)
-        self._decode_rates: deque[float] = deque(maxlen=64)
-        self._log = structlog.get_logger("headrace.engine").bind(model=model.card.name)
-        self._thread = threading.Thread(target=self._run, name=f"engine-{model.card.name}", daemon=True)
-        self._thread.start()
-
-    # --- on the event loop
+        self.runner = Runner(
+            model, clock=clock, deliver=self._deliver_soon, prefix_cache=prefix_cache, speculation=speculation
+        )
+        """The thread that steps the model."""
 
     @property
     def num_queued(self) -> int:
         """Choices that wait for a slot."""
         return self._num_queued
-
-    @property
-    def num_running(self) -> int:
-        return self._scheduler.num_running
-
-    @property
-    def kv_utilization(self) -> float:
-        """The share of the cache that is reserved, 0 to 1."""
-        return self._scheduler.num_reserved_tokens / self.model.num_kv_tokens
-
-    @property
-    def num_retained_tokens(self) -> int:
-        """Tokens of the cache that sequences which are over have left for others; room for whoever wants it."""
-        return self._scheduler.num_retained_tokens
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Median over recent prompts, waiting for other streams' steps included."""
-        return statistics.median(self._prefill_rates) if self._prefill_rates else None
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Median over recent choices."""
-        return statistics.median(self._decode_rates) if self._decode_rates else None
 
     async def generate(self, call: Call) -> Events:
         """Runs a call that is resolved and tokenized. Raises QueueFull at once if there is no room to wait."""
@@ -198,15 +131,16 @@ class Engine:
             raise InvalidArgument("n", f"must be at most {self._max_queued}, the places in the queue, got {n}")
         if self._num_queued + n > self._max_queued:
             raise QueueFull(
-                f"{self._num_queued} of {self._max_queued} places in the queue are taken", retry_after=self._patience()
+                f"{self._num_queued} of {self._max_queued} places in the queue are taken",
+                retry_after=self.runner.patience(self._num_queued),
             )
         processors = [self._make_processors(call) for _ in range(n)]  # may raise: nothing has begun
         attempt = call.meter.begin(self.model.backend)
         attempt.usage.input_tokens = attempt.usage.output_tokens = call.meter.sent_output_tokens = 0
-        stream = EventStream(_MAX_PENDING_EVENTS, on_room=self._wake)
+        stream = EventStream(_MAX_PENDING_EVENTS, on_room=self.runner.wake)
         sequences = [self._new_sequence(call, attempt, stream, i, of_choice) for i, of_choice in enumerate(processors)]
         self._num_queued += n
-        self._commands.put(lambda: self._add(sequences))
+        self.runner.add(sequences)
         try:
             unfinished = n
             while unfinished:
@@ -224,48 +158,27 @@ class Engine:
         finally:
             if attempt.outcome is None:
                 attempt.outcome = AttemptOutcome.CANCELLED
-            self._commands.put(lambda: self._drop(sequences))
+            self.runner.drop(sequences)
             if attempt.outcome is not AttemptOutcome.COMPLETED:
                 # A step may be under way; what it adds to the usage must be there when the call is settled.
                 await self._settled()
 
     async def finish_all(self) -> None:
         """Ends every choice with what it has, for the reason SHUTDOWN."""
-
-        def finish() -> None:
-            for sequence in list(self._scheduler):
-                self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
-
-        self._commands.put(finish)
+        self.runner.finish_all()
         await self._settled()
 
     async def close(self) -> None:
         """Stops the thread and frees the model. No call is running."""
-        self._commands.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.runner.join)
         self.model.close()
 
     async def _settled(self) -> None:
         """Waits until the thread has done all that was asked of it so far."""
         done = asyncio.Event()
-
-        def tell() -> None:
-            self._loop.call_soon_threadsafe(done.set)
-
-        self._commands.put(tell)
-        if self._thread.is_alive():
+        self.runner.tell(lambda: self._loop.call_soon_threadsafe(done.set))
+        if self.runner.is_alive():
             await done.wait()
-
-    def _patience(self) -> float:
-        """Seconds until a refused call is worth another try: a tenth of the queue should have gone by then."""
-        rate = self.decode_tokens_per_second
-        if rate is None:
-            return 1.0
-        seconds_per_choice = 100 / rate
-        return min(30.0, max(0.1, self._num_queued / 10 * seconds_per_choice / self.model.num_slots))
-
-    def _wake(self) -> None:
-        self._commands.put(lambda: None)
 
     def _make_processors(self, call: Call) -> list[LogitsProcessor]:
         return [
@@ -307,314 +220,12 @@ class Engine:
             else self._clock() + request.scheduling.queue_timeout,
         )
 
-    def _deliver(self, num_dequeued: int, events: Iterable[tuple[EventStream, Event | BaseException]]) -> None:
+    def _deliver_soon(self, num_dequeued: int, events: Outbox) -> None:
+        """Called on the runner's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._deliver, num_dequeued, events)
+
+    def _deliver(self, num_dequeued: int, events: Outbox) -> None:
         self._num_queued -= num_dequeued
         for stream, event in events:
             stream.put(event)
-
-    # --- on the engine's thread
-
-    def _run(self) -> None:
-        idle = True
-        while not self._closing:
-            try:
-                self._take_commands(wait=idle)
-                self._expire()
-                step = self._scheduler.schedule(self._chunk_budget())
-                for change in step.changes:
-                    self._change(change)
-                if step.decodes and step.chunks and self._mixes:
-                    self._decode_and_prefill(step.decodes, step.chunks)
-                else:
-                    if step.decodes:
-                        self._decode(step.decodes)
-                    if step.chunks:
-                        self._prefill(step.chunks)
-                idle = not step
-            except Exception as error:  # noqa: BLE001  # the thread must outlive whatever goes wrong
-                self._fail_all(list(self._scheduler), error)
-            self._flush()
-
-    def _take_commands(self, *, wait: bool) -> None:
-        """Runs what the event loop asked for; when there is nothing to step, waits for it or for the next expiry."""
-        with contextlib.suppress(queue.Empty):
-            if wait:
-                self._commands.get(timeout=self._seconds_to_expiry())()
-            while True:
-                self._commands.get_nowait()()
-
-    def _stop(self) -> None:
-        """Ends the thread, after all that was asked for before."""
-        self._closing = True
-        for change in self._scheduler.give_up_retained():
-            self._change(change)
-
-    def _add(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            self._scheduler.add(sequence)
-
-    def _drop(self, sequences: list[Sequence]) -> None:
-        """The call is over for its reader: whatever of it is still here goes."""
-        present = set(self._scheduler)
-        for sequence in sequences:
-            if sequence in present:
-                self._remove(sequence)
-
-    def _remove(self, sequence: Sequence, *, retain: bool = True) -> None:
-        if sequence.slot is None:
-            self._num_dequeued += 1
-        for change in self._scheduler.remove(sequence, retain=retain):
-            self._change(change)
-
-    def _change(self, change: SlotChange) -> None:
-        """Tells the model what became of a slot."""
-        match change:
-            case Start(sequence, resumes):
-                self._start(sequence, resumes=resumes)
-            case Copy(source, sequence, num_tokens):
-                assert self._prefix_model is not None
-                assert sequence.slot is not None
-                self._prefix_model.copy_prefix(source, sequence.slot, num_tokens)
-                self._note_reuse(sequence)
-            case Keep(slot, num_tokens):
-                assert self._prefix_model is not None
-                self._prefix_model.truncate(slot, num_tokens, num_tokens)
-            case Release(slot):
-                self.model.release(slot)
-
-    def _start(self, sequence: Sequence, *, resumes: bool) -> None:
-        assert sequence.slot is not None
-        self._num_dequeued += 1
-        meter, usage = sequence.call.meter, sequence.attempt.usage
-        if meter.started is None:
-            meter.started = self._clock()
-            usage.input_tokens = sequence.num_prompt_tokens
-            if self._prefix_model is not None:
-                usage.cache_read_input_tokens = 0
-        if self._prefix_model is not None and sequence.call.request.use_prefix_cache:
-            self.num_looked_up_tokens += sequence.num_prompt_tokens
-        if resumes:
-            assert self._prefix_model is not None
-            self._prefix_model.truncate(sequence.slot, sequence.num_cached_tokens, sequence.num_tokens_reserved)
-            self._note_reuse(sequence)
-        else:
-            self.model.reserve(sequence.slot, sequence.num_tokens_reserved)
-
-    def _note_reuse(self, sequence: Sequence) -> None:
-        """A prompt is counted once, however many choices it has: as its first one met it."""
-        self.num_reused_tokens += sequence.num_reused_tokens
-        if sequence.choice == 0:
-            sequence.attempt.usage.cache_read_input_tokens = sequence.num_reused_tokens
-
-    def _chunk_budget(self) -> int:
-        running = self._scheduler.running()
-        decodes = sum(sequence.num_tokens_to_run == 1 for sequence in running)
-        return self._pacer.chunk_budget(decodes, len(running) - decodes)
-
-    def _decode(self, sequences: list[Sequence]) -> None:
-        began = self._clock()
-        self._step(_decodes(sequences))
-        self._pacer.saw_decodes(len(sequences), self._clock() - began)
-
-    def _prefill(self, chunks: list[Chunk]) -> None:
-        began, num_tokens = self._clock(), _count_tokens(chunks)
-        self._step(chunks)
-        self._pacer.saw_chunks(num_tokens, self._clock() - began)
-
-    def _decode_and_prefill(self, sequences: list[Sequence], chunks: list[Chunk]) -> None:
-        """Both in one run: weights are read once. Or, if it is not known what the decodes take, those alone; the chunks
-        come in the next step.
-        """
-        if not self._pacer.can_mix(len(sequences)):
-            self._decode(sequences)
-            return
-        began, num_tokens = self._clock(), _count_tokens(chunks)
-        self._step([*_decodes(sequences), *chunks])
-        self._pacer.saw_both(num_tokens, self._clock() - began)
-
-    def _step(self, chunks: list[Chunk]) -> None:
-        """One run of the model; the sequences whose tokens are all in the cache afterwards get a new one."""
-        rows = []
-        for chunk in chunks:
-            sequence, end = chunk.sequence, chunk.end
-            assert sequence.slot is not None
-            tokens = sequence.tokens[sequence.num_cached_tokens : end]
-            rows.append(
-                Row(sequence.slot, sequence.num_cached_tokens, tokens, wants_logits=end == len(sequence.tokens))
-            )
-        try:
-            logits = self.model.step(rows)
-        except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; it fails its own run alone
-            self._fail_all([chunk.sequence for chunk in chunks], error)
-            return
-        for chunk in chunks:
-            chunk.sequence.num_cached_tokens = chunk.end
-        ready = [chunk.sequence for chunk, row in zip(chunks, rows, strict=True) if row.wants_logits]
-        if ready:
-            forbidden = [_forbidden(sequence) for sequence in ready]
-            sampled = sample(logits, range(len(ready)), [sequence.sampling for sequence in ready], forbidden)
-            now = self._clock()
-            for sequence, token in zip(ready, sampled, strict=True):
-                if isinstance(token, Exception):
-                    self._fail_all([sequence], token)
-                else:
-                    self._accept(sequence, token, now)
-
-    def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
-        """Takes a new token: counts it, shows what may be shown, and finishes the choice if it ends here."""
-        meter, usage, token_id = sequence.call.meter, sequence.attempt.usage, sampled.token_id
-        sequence.tokens.append(token_id)
-        usage.output_tokens = (usage.output_tokens or 0) + 1
-        meter.last_token = now
-        if meter.first_token is None:
-            meter.first_token = now
-        sequence.unsent_ids.append(token_id)
-        if sampled.logprob is not None:
-            sequence.unsent_logprobs.append(self._logprob(sampled, sampled.logprob))
-
-        if sequence.may_stop and token_id in sequence.eos_token_ids:
-            self._finish(sequence, FinishReason.EOS_TOKEN, sequence.text.finish(), stop_token_id=token_id)
-            return
-        if sequence.may_stop and token_id in sequence.stop_token_ids:
-            self._finish(sequence, FinishReason.STOP_TOKEN, sequence.text.finish(), stop_token_id=token_id)
-            return
-        text = sequence.text.push(self.model.tokenizer.token_bytes(token_id), may_stop=sequence.may_stop)
-        if isinstance(text, StopMatch):
-            self._finish(sequence, FinishReason.STOP_SEQUENCE, text.text, stop_sequence=text.stop_sequence)
-        elif sequence.num_output_tokens == sequence.max_new_tokens:
-            self._finish(sequence, FinishReason.MAX_TOKENS, text + sequence.text.finish())
-        else:
-            self._show(sequence, text)
-
-    def _show(self, sequence: Sequence, text: str) -> None:
-        wants_tokens = sequence.call.request.response.token_ids or sequence.unsent_logprobs
-        if text or (wants_tokens and sequence.unsent_ids):
-            delta = Delta(sequence.choice, text, tuple(sequence.unsent_ids), tuple(sequence.unsent_logprobs))
-            sequence.unsent_ids.clear()
-            sequence.unsent_logprobs.clear()
-            self._emit(sequence.stream, delta)
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        text: str,
-        *,
-        stop_sequence: str | None = None,
-        stop_token_id: int | None = None,
-    ) -> None:
-        if text or sequence.unsent_ids:
-            delta = Delta(sequence.choice, text, tuple(sequence.unsent_ids), tuple(sequence.unsent_logprobs))
-            self._emit(sequence.stream, delta)
-        finish = ChoiceFinish(sequence.choice, reason, stop_sequence, stop_token_id, sequence.seed)
-        self._emit(sequence.stream, finish)
-        self._note_speed(sequence)
-        self._remove(sequence)
-
-    def _expire(self) -> None:
-        """Ends what has waited or run too long."""
-        now = self._clock()
-        for sequence in list(self._scheduler):
-            stopping, scheduling = sequence.call.request.stopping, sequence.call.request.scheduling
-            deadline = sequence.call.deadline
-            if deadline is not None and deadline <= now:
-                self._fail(sequence, DeadlineExceeded("the call's deadline passed"))
-            elif stopping.time_limit is not None and sequence.call.arrived + stopping.time_limit <= now:
-                if scheduling.on_expiry is ExpiryAction.PARTIAL:
-                    self._finish(sequence, FinishReason.TIME_LIMIT, sequence.text.finish())
-                else:
-                    self._fail(sequence, DeadlineExceeded("stopping.time_limit passed"))
-            elif sequence.slot is None and sequence.queue_until is not None and sequence.queue_until <= now:
-                self._fail(
-                    sequence,
-                    QueueTimeout("scheduling.queue_timeout passed before a start", retry_after=self._patience()),
-                )
-
-    def _seconds_to_expiry(self) -> float | None:
-        times = [sequence.expires_at for sequence in self._scheduler]
-        times += [sequence.queue_until for sequence in self._scheduler.waiting()]
-        next_time = min((time for time in times if time is not None), default=None)
-        return None if next_time is None else min(max(0.0, next_time - self._clock()), _LONGEST_WAIT)
-
-    def _fail(self, sequence: Sequence, error: BaseException, *, retain: bool = True) -> None:
-        """Ends a choice, and with it its call, with an error."""
-        self._emit(sequence.stream, error)
-        self._remove(sequence, retain=retain)
-
-    def _fail_all(self, sequences: Iterable[Sequence], error: Exception) -> None:
-        """After something went wrong: what the slots hold is not to be trusted."""
-        self._log.error("step_failed", exc_info=error)
-        for sequence in sequences:
-            try:
-                self._fail(sequence, _public(error), retain=False)
-            except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
-                self._log.error("release_failed", exc_info=second)
-
-    def _emit(self, stream: EventStream, event: Event | BaseException) -> None:
-        stream.count_written()
-        self._outbox.append((stream, event))
-
-    def _flush(self) -> None:
-        """Sends the step's events to the event loop, in one go."""
-        if self._outbox or self._num_dequeued:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
-                self._loop.call_soon_threadsafe(self._deliver, self._num_dequeued, self._outbox)
-            self._outbox, self._num_dequeued = [], 0
-
-    def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
-        token_bytes = self.model.tokenizer.token_bytes
-        return TokenLogprob(
-            sampled.token_id,
-            token_bytes(sampled.token_id),
-            logprob,
-            tuple(TopLogprob(token_id, token_bytes(token_id), p) for token_id, p in sampled.top_logprobs),
-        )
-
-    def _note_speed(self, sequence: Sequence) -> None:
-        meter = sequence.call.meter
-        if meter.started is None or meter.first_token is None or meter.last_token is None:
-            return
-        if meter.first_token > meter.started:
-            num_computed = sequence.num_prompt_tokens - sequence.num_reused_tokens
-            self._prefill_rates.append(num_computed / (meter.first_token - meter.started))
-        if sequence.num_output_tokens > 1 and meter.last_token > meter.first_token:
-            self._decode_rates.append((sequence.num_output_tokens - 1) / (meter.last_token - meter.first_token))
-
-
-def _limits(model: StepModel, prefix_model: PrefixModel | None) -> Limits:
-    """``prefix_model`` is the same, if sequences may begin with what others have computed."""
-    align = model.chunk_alignment
-    if prefix_model is None:
-        return Limits(model.num_slots, model.num_kv_tokens, model.max_chunk, align)
-    return Limits(
-        model.num_slots,
-        model.num_kv_tokens,
-        model.max_chunk,
-        align,
-        num_spare_slots=prefix_model.num_spare_slots,
-        prefix_block=-(-_MIN_PREFIX_BLOCK // align) * align,
-        shares_output=prefix_model.decodes_like_chunks,
-    )
-
-
-def _public(error: Exception) -> BackendError:
-    """What a caller is told. A new one for each: an exception gathers the tracebacks of all who raise it."""
-    if not isinstance(error, BackendError):
-        return BackendError("the model failed")
-    kind = BackendUnavailable if isinstance(error, BackendUnavailable) else BackendError
-    return kind(error.message)
-
-
-def _decodes(sequences: Iterable[Sequence]) -> list[Chunk]:
-    return [Chunk(sequence, len(sequence.tokens)) for sequence in sequences]
-
-
-def _count_tokens(chunks: Iterable[Chunk]) -> int:
-    return sum(chunk.end - chunk.sequence.num_cached_tokens for chunk in chunks)
-
-
-def _forbidden(sequence: Sequence) -> tuple[int, ...]:
-    """Tokens that would end a choice before it may end."""
-    if sequence.num_output_tokens >= sequence.call.request.stopping.min_new_tokens:
-        return ()
-    return (*sequence.eos_token_ids, *sequence.stop_token_ids)

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.slots import Slots
 
+_TURNS_OF_THE_OLDEST = 4
+"""Of so many steps in which several prompts have something to run, the oldest comes first in one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -110,6 +113,8 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._order = itertools.count()
+        self._num_turns = 0
+        """Steps in which several prompts had something to run."""
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._running: dict[Sequence, int] = {}
         """In order of start, and its number in that."""
@@ -181,24 +186,42 @@ class Scheduler:
         return [Release(slot) for slot in self._slots.give_up_all()]
 
     def schedule(self, chunk_budget: int) -> Step:
-        """The next step. Prompts get at most ``chunk_budget`` tokens of it, the oldest first, and at least one chunk.
+        """The next step. Prompts get at most ``chunk_budget`` tokens of it, and at least one chunk.
 
         A sequence whose reader is too slow stands still until it has caught up.
         """
         step = Step()
         self._catch_up(step)
         self._start(step)
+        prompts = []
         for sequence in self._running:
             if sequence in self._followers:
                 continue
             if sequence.num_tokens_to_run > 1:
-                if chunk_budget > 0:
-                    end = self._cut(sequence, chunk_budget)
-                    chunk_budget -= end - sequence.num_cached_tokens
-                    step.chunks.append(Chunk(sequence, end))
+                prompts.append(sequence)
             elif not sequence.stream.is_full:
                 step.decodes.append(sequence)
+        for sequence in self._in_turn(prompts):
+            if chunk_budget > 0:
+                end = self._cut(sequence, chunk_budget)
+                chunk_budget -= end - sequence.num_cached_tokens
+                step.chunks.append(Chunk(sequence, end))
         return step
+
+    def _in_turn(self, prompts: list[Sequence]) -> list[Sequence]:
+        """The order in which prompts get their chunks: the more urgent first; then what is soonest done, so that a
+        short prompt need not wait for a long one. Now and then the oldest comes first, so that each is done in the end.
+        """
+        if len(prompts) < 2:
+            return prompts
+        self._num_turns += 1
+        if self._num_turns % _TURNS_OF_THE_OLDEST == 0:
+            return prompts
+        ends = {sequence: len(sequence.tokens) for sequence in prompts}
+        for leader, num_tokens in self._followers.values():
+            if leader in ends:
+                ends[leader] = min(ends[leader], num_tokens)  # another waits for so much of it
+        return sorted(prompts, key=lambda sequence: (_urgency(sequence), ends[sequence] - sequence.num_cached_tokens))
 
     def _start(self, step: Step) -> None:
         while self._waiting and len(self._running) < self._limits.num_slots:

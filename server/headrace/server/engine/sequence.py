@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from headrace.backends.types import Attempt, Call, TokenLogprob
+from headrace.server.engine.drafts import PromptLookup
 from headrace.server.engine.sampler import SamplingState
 from headrace.server.engine.stream import EventStream
 from headrace.server.engine.text import TextAssembler
@@ -38,6 +39,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_reused_tokens: int = 0
     """Tokens of the prompt that others had computed."""
+    lookup: PromptLookup = field(default_factory=PromptLookup)
     unsent_ids: list[int] = field(default_factory=list)
     """Tokens no delta has carried yet."""
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)

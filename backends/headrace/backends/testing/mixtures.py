@@ -1,0 +1,75 @@
+"""Steps of more than decodes alone or chunks alone, in a step-wise model that allows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from headrace.backends.api import DeterminismClass, Row, StepModel
+from headrace.backends.testing.demand import demand
+from headrace.backends.testing.sequences import Floats, Line, distance, feed, reserved, room
+from headrace.backends.testing.steps import StepTests
+
+
+class MixtureTests(StepTests):
+    """Decodes beside chunks (``mixes``), and decodes with guesses (``max_drafts``)."""
+
+    def test_decodes_and_chunks_share_a_step_if_it_says_so(self, step_model: StepModel, lines: Sequence[Line]) -> None:
+        if not getattr(step_model, "mixes", False):
+            pytest.skip("not declared: mixes")
+        if len(lines) < 2:
+            pytest.skip("not there: two slots")
+        first, second = lines[:2]
+        with reserved(step_model, 0, 1, num_tokens=room(lines)):
+            feed(step_model, 0, 0, first.prompt)
+            decode = Row(0, len(first.prompt), first.later[:1], wants_logits=True)
+            logits = step_model.step([decode, Row(1, 0, second.prompt, wants_logits=True)])
+            got = [np.array(logits.row(i)) for i in range(2)]
+        demanded = "a decode and a chunk that share a step get what each gets alone"
+        _check(step_model, got[:1], first.alone[1:2], second.alone, demanded, "api.StepModel.mixes")
+        _check(step_model, got[1:], second.alone[:1], first.alone, demanded, "api.StepModel.mixes")
+
+    def test_guesses_get_the_logits_of_tokens_that_come_one_by_one(
+        self, step_model: StepModel, lines: Sequence[Line]
+    ) -> None:
+        _need_drafts(step_model, 1)
+        line = lines[0]
+        with reserved(step_model, 0, num_tokens=room(lines)):
+            feed(step_model, 0, 0, line.prompt)
+            logits = step_model.step([Row(0, len(line.prompt), line.later, wants_logits=True, num_drafts=1)])
+            got = [np.array(logits.row(i)) for i in range(2)]
+        demanded = "a token and a guess behind it get the logits that they get one by one"
+        _check(step_model, got, line.alone[1:], line.alone[:1], demanded, "api.Row.num_drafts")
+
+    def test_a_wrong_guess_is_written_over(self, step_model: StepModel, lines: Sequence[Line]) -> None:
+        _need_drafts(step_model, 1)
+        line = lines[0]
+        wrong = next(token for token in line.prompt if token not in line.later)
+        with reserved(step_model, 0, num_tokens=room(lines)):
+            feed(step_model, 0, 0, line.prompt)
+            step_model.step([Row(0, len(line.prompt), [line.later[0], wrong], wants_logits=True, num_drafts=1)])
+            got = feed(step_model, 0, len(line.prompt) + 1, line.later[1:])
+        demanded = "a row that begins where a wrong guess stood gets what it gets without one"
+        _check(step_model, [got], line.alone[2:], line.alone[:2], demanded, "api.Row.num_drafts")
+
+
+def _need_drafts(model: StepModel, count: int) -> None:
+    if getattr(model, "max_drafts", 0) < count:
+        pytest.skip("not declared: max_drafts")
+
+
+def _check(
+    model: StepModel, got: Sequence[Floats], expected: Sequence[Floats], others: Sequence[Floats], what: str, read: str
+) -> None:
+    """The logits are the same bits if the model is BIT_EXACT, else nearer than any others."""
+    exact = model.determinism is DeterminismClass.BIT_EXACT
+    for row, right in zip(got, expected, strict=True):
+        away, apart = distance(row, right), min(distance(other, right) for other in others)
+        demand(
+            row.tobytes() == right.tobytes() if exact else away <= apart / 2,
+            f"{what}{' (the model declares BIT_EXACT)' if exact else ''}",
+            seen=f"logits {away:.3g} away; those of other tokens are {apart:.3g} away",
+            read=read,
+        )
