@@ -81,7 +81,8 @@ def decode(model: OnnxModel, slot: int, position: int, tokens: Sequence[int]) ->
 
 
 def test_this_machine_is_bit_exact(model: OnnxModel) -> None:
-    assert model.determinism is DeterminismClass.BIT_EXACT
+    # Stock operators compute decodes by another kernel than chunks.
+    assert model.determinism is (DeterminismClass.STRICT if model.mixes else DeterminismClass.BIT_EXACT)
     assert (model.max_chunk, model.chunk_alignment) == (128, 16)
 
 

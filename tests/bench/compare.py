@@ -97,7 +97,8 @@ def _compare_raw(peer: Peer, arguments: argparse.Namespace, results: Results) ->
 def _compare_servers(peer: Peer, arguments: argparse.Namespace, results: Results) -> None:
     listen = f"--listen 127.0.0.1:{_PORT} --metrics-listen none --log-level warning"
     models = f"--models-dir {shlex.quote(str(arguments.models_dir))} --models {arguments.model}"
-    environment = f"HEADRACE_BACKENDS__ONNX__THREADS={arguments.threads}"
+    # Prompts of words by chance make answers that repeat themselves: guessing them would flatter.
+    environment = f"HEADRACE_BACKENDS__ONNX__THREADS={arguments.threads} HEADRACE_SPECULATION=false"
     ours = f"{environment} {shlex.quote(str(_HEADRACE))} serve {listen} {models}"
     theirs = peer.serve_command(arguments.peers.absolute(), arguments.threads)
     with contextlib.ExitStack() as stack:

@@ -29,23 +29,22 @@ _LETTER = (
     " should reach you by the end of the week. If anything is missing, please write to us and we will send it again at"
     " once, without any cost to you. We are sorry for the delay and hope to hear from you again. Yours, Ellen Marsh"
 )
-_LOG = """10:02:11 api started on port 8080
-10:02:14 database connected in 210 ms
-10:03:40 request 71 took 95 ms
-10:03:41 request 72 took 88 ms
-10:04:02 request 73 failed: timeout after 30 s
-10:04:03 request 74 took 91 ms
-10:05:17 cache emptied, 512 entries"""
+_RECIPE = (
+    "Mix 500 g of flour with 10 g of salt and 3 g of yeast. Add 350 ml of warm water and stir until no dry flour is"
+    " left. Cover the bowl and let the dough rest for twelve hours. Shape it into a ball on a floured board, let it rise"
+    " for another hour, and bake it in a hot iron pot: thirty minutes with the lid on, fifteen without. Let it cool on a"
+    " rack before you cut it."
+)
 
 COPYING: Sequence[str] = (
     f"Repeat this text word for word:\n\n{_ARTICLE}",
     f"Write this code again, with the same names and comments:\n\n{_CODE}",
     f"Repeat these records, one a line, exactly as they are:\n\n{_RECORDS}",
     f"Copy this letter word for word, and then stop:\n\n{_LETTER}",
-    f"Print this log again, line by line:\n\n{_LOG}",
+    f"Repeat this recipe word for word:\n\n{_RECIPE}",
     f"Here is a function:\n\n{_CODE}\n\nWrite the whole function again, and rename total_price to sum_of_prices.",
     f"{_ARTICLE}\n\nRepeat the text above word for word.",
-    f"{_RECORDS}\n\nRepeat the records above, but write every city in capital letters.",
+    f"{_LETTER}\n\nCopy the letter above word for word, but address it to Mrs. Stone.",
 )
 
 FREE: Sequence[str] = (

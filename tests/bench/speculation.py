@@ -83,7 +83,7 @@ async def _measure(model: StepModel, streams: Sequence[int], new_tokens: int, nu
             share = f"{100 * accepted / drafted:.0f} % of {drafted}" if drafted else "none drafted"
             print(f"| {num_streams} | {kind} | {speeds} | {with_interval(ratios)} | {share} |", flush=True)
     finally:
-        await plain.close()
+        await asyncio.to_thread(plain.runner.join)  # the model is closed once
         await drafting.close()
 
 

@@ -177,7 +177,7 @@ def test_an_error_is_one_line_with_what_would_help(server: FakeServer, failure, 
 def test_an_error_after_some_text_begins_on_its_own_line(server: FakeServer):
     server.failures = [Failure(grpc.StatusCode.INTERNAL, "broke", after_deltas=1)]
     result = run(server, "generate", "Hi")
-    assert result.output == f"{ANSWER[0]}\nerror: broke [request made-by-the-server]\n"
+    assert result.output == f"{ANSWER[0]}\nerror: broke [request {server.specs[0].request_id}]\n"
     assert result.exit_code == 1
 
 

@@ -136,7 +136,7 @@ def test_a_stream_without_its_end_is_an_error(server: FakeServer):
 
 
 def test_a_broken_stream_can_be_resumed_after_its_last_event(server: FakeServer):
-    with Client(server.address) as client, client.stream("Hi", resume_after_sequence=3, idempotency_key="k") as stream:
+    with Client(server.address) as client, client.stream("Hi", resume_after_sequence=3, request_id="k") as stream:
         list(stream)
     assert server.requests[0].resume_after_sequence == 3
 

@@ -70,7 +70,7 @@ class TestHealthyStep(BackendConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls):
-        return StepBackend(lambda: StepModel(seconds_per_step=0.0005))
+        return StepBackend(lambda: StepModel(seconds_per_step=0.0005, mixes=True, max_drafts=4))
 
 
 HEALTHY = (TestHealthyCall, TestHealthyStep)
@@ -472,12 +472,20 @@ class KeepsAWrongGuess(StepModel):
 
 @caught_by("test_decodes_and_chunks_share_a_step_if_it_says_so", "share a step")
 class SaysThatItMixes(StepModel):
-    mixes = True
+    def __init__(self):
+        super().__init__(mixes=True)
 
     def step(self, rows):
         arrays = [array_of(super(SaysThatItMixes, self).step([row])) for row in rows]
         mixed = len({len(row.token_ids) == 1 for row in rows}) > 1
         return HostLogits(np.concatenate(arrays) + np.float32(1e-4 * mixed))
+
+
+@caught_by("test_tokens_leave_the_same_however_they_came_if_it_is_strict", "declares STRICT")
+class DecodesByAnotherKernel(StepModel):
+    def step(self, rows):
+        decodes = all(len(row.token_ids) == 1 for row in rows)
+        return HostLogits(array_of(super().step(rows)) + np.float32(1e-4 * decodes))
 
 
 # --- prefixes ------------------------------------------------------------------------------------------------------

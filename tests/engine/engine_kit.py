@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
+from headrace.backends.api import StepModel
 from headrace.backends.scripted import EOS, ScriptedModelOptions, ScriptedStepModel, _next_token
 from headrace.backends.types import (
     Attempt,
@@ -59,9 +60,17 @@ async def running_engine(
     max_queued: int = 1000,
     prefix_cache: bool = True,
     speculation: bool = True,
+    draft_model: StepModel | None = None,
 ) -> AsyncIterator[Engine]:
     """An engine on ``model``; when it is closed, the model checks that no slot is left in use."""
-    engine = Engine(model, clock=clock, max_queued=max_queued, prefix_cache=prefix_cache, speculation=speculation)
+    engine = Engine(
+        model,
+        clock=clock,
+        max_queued=max_queued,
+        prefix_cache=prefix_cache,
+        speculation=speculation,
+        draft_model=draft_model,
+    )
     try:
         yield engine
     finally:

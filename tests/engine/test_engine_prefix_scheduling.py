@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headrace.backends.types import LatencyClass, StreamEnd
-from headrace.server.engine.scheduler import Copy, Keep, Limits, Release, Scheduler, SlotChange, Start, Step
+from headrace.server.engine.scheduler import Limits, Scheduler
 from headrace.server.engine.sequence import Sequence
+from headrace.server.engine.step import Copy, Keep, Preempt, Release, SlotChange, Start, Step
 from headrace.server.engine.stream import EventStream
 
 ALIGN, BLOCK = 4, 8
@@ -58,6 +59,9 @@ class Memory:
                 assert num_tokens == sequence.num_cached_tokens == self.best(sequence) > 0
                 self.check(sequence, source, num_tokens)
                 self.tokens[sequence.slot] = self.tokens[source][:num_tokens]
+            case Preempt(sequence):
+                assert sequence.slot is None
+                assert sequence.num_cached_tokens == 0
             case Keep(slot, num_tokens):
                 assert 0 < num_tokens <= len(self.tokens[slot])
                 assert num_tokens % BLOCK == 0
@@ -118,6 +122,7 @@ class Served:
         self.scheduler = Scheduler(limits)
         self.memory = Memory(limits)
         self.num_computed = 0
+        self.num_preempted = 0
 
     def add(self, prompt: bytes, max_new_tokens: int = 1, **options: object) -> Sequence:
         sequence = make_sequence(prompt, max_new_tokens, **options)
@@ -132,13 +137,14 @@ class Served:
         step = self.scheduler.schedule(budget)
         for change in step.changes:
             self.memory.change(change, isinstance(change, Start) and change.sequence in self.scheduler._followers)
+            self.num_preempted += isinstance(change, Preempt)
         self.num_computed += sum(chunk.end - chunk.sequence.num_cached_tokens for chunk in step.chunks)
         for sequence in self.memory.run(step):
             self.remove(sequence)
         return step
 
     def finish(self, budget: int = 1000) -> None:
-        for _ in range(sum(sequence.num_tokens_reserved for sequence in self.scheduler)):
+        for _ in range(2 * sum(sequence.num_tokens_reserved for sequence in self.scheduler)):  # some begin again
             self.step(budget)
         assert not list(self.scheduler)
 
@@ -146,7 +152,7 @@ class Served:
 def limits(
     *, num_slots: int = 4, num_kv_tokens: int = 1000, num_spare_slots: int = 4, shares_output: bool = True
 ) -> Limits:
-    return Limits(num_slots, num_kv_tokens, 32, ALIGN, num_spare_slots, BLOCK, shares_output)
+    return Limits(num_slots, num_kv_tokens, 32, ALIGN, num_spare_slots, BLOCK, shares_output, shares_output)
 
 
 prompts = st.builds(
@@ -179,7 +185,7 @@ class SharingAgainstReference(RuleBasedStateMachine):
         max_new=st.integers(1, 14),
         tenant=st.sampled_from(["red", "red", "blue"]),
         use=st.sampled_from([True, True, True, False]),
-        latency_class=st.sampled_from([LatencyClass.CHAT, LatencyClass.CHAT, LatencyClass.BATCH]),
+        latency_class=st.sampled_from(LatencyClass),
         count=st.integers(1, 3),
     )
     def add(self, prompt: bytes, max_new: int, tenant: str, use: bool, latency_class: LatencyClass, count: int) -> None:
@@ -298,7 +304,7 @@ def test_nobody_waits_for_a_less_urgent_sequence() -> None:
     served = Served(limits())
     served.add(SYSTEM + b"1.", latency_class=LatencyClass.BATCH)
     served.step(budget=16)
-    served.add(SYSTEM + b"2.", latency_class=LatencyClass.VOICE)
+    served.add(SYSTEM + b"2.", latency_class=LatencyClass.CHAT)
     assert len(served.step(budget=100).chunks) == 2
 
 
@@ -352,3 +358,21 @@ def test_a_bypass_reads_nothing_and_leaves_nothing() -> None:
     again = served.add(SYSTEM, use_prefix_cache=False)
     served.finish()
     assert again.num_reused_tokens == 0
+
+
+@pytest.mark.parametrize("num_spare_slots", [0, 1])
+def test_what_made_room_goes_on_from_what_it_left_if_nobody_needed_that(num_spare_slots: int) -> None:
+    served = Served(limits(num_slots=1, num_spare_slots=num_spare_slots))
+    batch = served.add(SYSTEM, 20, latency_class=LatencyClass.BATCH)
+    for _ in range(8):
+        served.step()
+    tokens = list(batch.tokens)
+    assert len(tokens) == len(SYSTEM) + 4
+    voice = served.add(b"v" * 20, 1, latency_class=LatencyClass.VOICE)
+    served.step()
+    assert (served.num_preempted, voice.num_output_tokens, batch.tokens) == (1, 1, tokens)
+    served.finish()
+    assert batch.tokens[: len(tokens)] == tokens
+    assert batch.num_output_tokens == 20
+    again = len(tokens) - (160 if num_spare_slots else 0)
+    assert served.num_computed == len(SYSTEM) + 20 + again

@@ -107,7 +107,7 @@ def test_a_token_has_the_same_bits_however_the_sequence_is_cut_and_whatever_shar
     case: Case, cache: str, request: pytest.FixtureRequest
 ) -> None:
     model: OnnxModel = request.getfixturevalue(cache)
-    assert model.determinism is DeterminismClass.BIT_EXACT
+    assert model.determinism is DeterminismClass.STRICT
     assert model.mixes
     alone = every_logit(model, case.ids)
     dice = np.random.default_rng(1)

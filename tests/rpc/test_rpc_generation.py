@@ -329,14 +329,6 @@ async def test_the_request_id_is_bound_to_every_log_line_of_the_call():
     assert events == ["within", "call_finished"]
 
 
-async def test_resuming_a_stream_reaches_the_application_as_an_option():
-    async with serving(says("a")) as served:
-        request = pb.GenerateStreamRequest(spec=spec(), resume_after_sequence=7)
-        async for _ in served.generation.GenerateStream(request):
-            pass
-        assert served.application.calls[0].request.options == {"text", "resume_after_sequence"}
-
-
 async def test_a_method_that_does_not_exist_is_unimplemented():
     async with serving(says("a")) as served:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -55,7 +55,8 @@ async def test_names_that_callers_make_up_are_no_labels():
         assert await served.server._calls.wait_idle(5)
         text = served.metrics_text()
     assert 'error_type="MODEL_NOT_FOUND",model=""} 20.0' in text
-    assert "made" not in text
+    assert "made-up" not in text
+    assert "made.up" not in text
 
 
 async def test_tokenization_is_no_generation():
@@ -78,6 +79,7 @@ async def test_the_endpoint_serves_the_engines_gauges_as_they_are_now():
         retained_tokens=lambda: 100,
         looked_up_tokens=lambda: queued * 10,
         reused_tokens=lambda: 20,
+        preemptions=lambda: 7,
     )
     metrics.observe_engine("remote", queued=lambda: 0, running=lambda: 1)
     endpoint = serve_metrics(metrics, host="127.0.0.1", port=0)
@@ -94,6 +96,7 @@ async def test_the_endpoint_serves_the_engines_gauges_as_they_are_now():
         assert 'headrace_prefix_cache_tokens{model="tiny"} 100.0' in text
         assert 'headrace_prefix_cache_looked_up_tokens_total{model="tiny"} 30.0' in text
         assert 'headrace_prefix_cache_reused_tokens_total{model="tiny"} 20.0' in text
+        assert 'headrace_preemptions_total{model="tiny"} 7.0' in text
         assert '{model="remote"}' not in text.partition("headrace_kv_cache_utilization")[2]
         queued = 5
         assert 'headrace_queued_requests{model="tiny"} 5.0' in await asyncio.to_thread(scrape)

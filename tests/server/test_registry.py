@@ -164,7 +164,7 @@ async def test_the_list_of_models_says_what_each_can_do() -> None:
     async with app_with({"letters": {"num_slots": 3}, **WHOLE}) as app:
         letters, whole = app.list_models(Principal("anybody"))
     assert (letters.is_default, letters.continuous_batching, letters.max_running) == (True, True, 3)
-    assert (letters.state, letters.determinism) == (ModelState.READY, DeterminismClass.BIT_EXACT)
+    assert (letters.state, letters.determinism) == (ModelState.READY, DeterminismClass.STRICT)
     assert (letters.max_n, letters.max_top_logprobs, letters.vocabulary_size) == (16, 20, 257)
     assert letters.default_sampling.temperature == 0
     assert "sampling.top_k" in letters.options

@@ -28,11 +28,16 @@ API_VERSION = (1, 0)
 """A plugin built for another major version is refused."""
 
 
-class DeterminismClass(enum.Enum):
-    """How repeatable a model's greedy output is; the names are those of the proto's DeterminismClass."""
+class DeterminismClass(enum.IntEnum):
+    """How repeatable a model's greedy output is; the names are those of the proto's DeterminismClass. Each promises all
+    that those below it do.
+    """
 
     BEST_EFFORT = 1
     BIT_EXACT = 2
+    """The same bits, whatever else is served."""
+    STRICT = 3
+    """Also whether tokens come one by one, in a chunk or, where it takes any, as guesses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +189,15 @@ class StepModel(Model, Protocol):
     A slot holds one sequence's keys and values. ``num_slots`` and ``num_kv_tokens`` (over all slots) bound what the
     engine reserves.
 
-    A model may have an attribute ``mixes``, true if decodes and chunks may share a step without changing a bit of
-    either (of its output, where it is BIT_EXACT). It may have an attribute ``max_drafts``: how many guesses the
-    decodes of a step may carry in all. Logits must then be what they are where the same tokens come one by one.
+    A model may have further attributes:
+
+    - ``mixes``: true if decodes and chunks may share a step without changing a bit of either (of its output, where it
+      is BIT_EXACT).
+    - ``max_drafts``: how many guesses the decodes of a step may carry in all. Logits must then be what they are where
+      the same tokens come one by one.
+    - ``rewinds``: true if any row may begin before the end of its slot, and what lay there is written over. Such a
+      model may draft for another of the same tokenizer.
+    - ``needed_for_strict``: what it would take to be STRICT, for callers who ask for that.
     """
 
     @property

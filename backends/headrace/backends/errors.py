@@ -5,12 +5,15 @@
     ├── UnsupportedOption        a field is set that the model's backend cannot honour
     ├── ModelNotFound            no such model, or not for this caller
     ├── Unauthenticated          no credentials, or wrong ones
+    ├── PermissionDenied         the caller is known, and may not
     ├── Overloaded               no room now; worth another try
     │   ├── QueueFull            the queue is at its limit
     │   └── QueueTimeout         it waited as long as it was allowed to
     ├── Loading                  the model is not ready yet
     ├── Draining                 the server is stopping
     ├── DeadlineExceeded         the caller's deadline or time limit passed
+    ├── StreamNotFound           there is no such stream to resume, or no longer
+    ├── StreamAborted            somebody else has resumed or cancelled the stream
     └── BackendError             the backend failed
         └── BackendUnavailable   … in a way that may pass
 
@@ -42,10 +45,11 @@ class InvalidArgument(HeadraceError):
 
 
 class UnsupportedOption(HeadraceError):
-    """A field is set that the model's backend cannot honour."""
+    """A field is set that the model's backend cannot honour; ``needed`` is what would make that possible, if known."""
 
-    def __init__(self, field: str, *, model: str, backend: str) -> None:
-        super().__init__(f"{field}: not supported by model {model!r} (backend {backend!r})")
+    def __init__(self, field: str, *, model: str, backend: str, needed: str = "") -> None:
+        hint = f"; it would need {needed}" if needed else ""
+        super().__init__(f"{field}: not supported by model {model!r} (backend {backend!r}){hint}")
         self.field = field
         self.model = model
         self.backend = backend
@@ -61,6 +65,10 @@ class ModelNotFound(HeadraceError):
 
 class Unauthenticated(HeadraceError):
     """No credentials, or wrong ones."""
+
+
+class PermissionDenied(HeadraceError):
+    """The caller is known, and may not do what it asks for."""
 
 
 class Overloaded(HeadraceError):
@@ -97,6 +105,14 @@ class Draining(HeadraceError):
 
 class DeadlineExceeded(HeadraceError):
     """The caller's deadline or time limit passed."""
+
+
+class StreamNotFound(HeadraceError):
+    """There is no such stream to resume, or no longer: start anew."""
+
+
+class StreamAborted(HeadraceError):
+    """Somebody else has resumed or cancelled the stream."""
 
 
 class BackendError(HeadraceError):

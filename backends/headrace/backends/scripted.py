@@ -84,8 +84,12 @@ class ScriptedModelOptions(BaseModel):
     """Slots beside theirs, for sequences that are over, of kind step."""
     num_kv_tokens: int = Field(32768, ge=2)
     """Tokens that all of them can have, of kind step."""
+    mixes: bool = False
+    """Whether decodes and chunks may share a step, of kind step."""
     max_drafts: int = Field(0, ge=0)
     """Guesses that a step may carry, of kind step."""
+    rewinds: bool = False
+    """Whether it may draft for another, of kind step."""
 
 
 class ScriptedOptions(BaseModel):
@@ -134,18 +138,21 @@ class ScriptedStepModel:
     """Follows the step-wise contract, and insists that the engine does: whatever it breaks raises."""
 
     backend = "scripted"
-    determinism = DeterminismClass.BIT_EXACT
     max_chunk = 32
     chunk_alignment = 8
     decodes_like_chunks = True
 
     def __init__(self, name: str, options: ScriptedModelOptions) -> None:
         self.card = _card(name, options)
+        # An answer goes on by how many tokens came one by one.
+        self.determinism = DeterminismClass.STRICT if options.answer is None else DeterminismClass.BIT_EXACT
         self.tokenizer: Tokenizer = ByteTokenizer()
         self.num_slots = options.num_slots
         self.num_spare_slots = options.num_spare_slots
         self.num_kv_tokens = options.num_kv_tokens
+        self.mixes = options.mixes
         self.max_drafts = options.max_drafts
+        self.rewinds = options.rewinds
         self.num_steps = 0
         self._options = options
         self._slots: dict[int, list[int]] = {}
@@ -188,7 +195,8 @@ class ScriptedStepModel:
     def step(self, rows: Sequence[Row]) -> Logits:
         assert len({row.slot for row in rows}) == len(rows) > 0, "rows share a slot"
         assert len(rows) <= self.num_slots, "more sequences run than the model has room for"
-        assert len({len(row.token_ids) - row.num_drafts == 1 for row in rows}) == 1, "decodes and chunks share a run"
+        kinds = {len(row.token_ids) - row.num_drafts == 1 for row in rows}
+        assert self.mixes or len(kinds) == 1, "decodes and chunks share a run"
         assert sum(row.num_drafts for row in rows) <= self.max_drafts, "there are more guesses than may be"
         self.num_steps += 1
         time.sleep(self._options.seconds_per_step)
@@ -208,7 +216,8 @@ class ScriptedStepModel:
         """Appends a row's tokens; the logits that it wants."""
         tokens = self._slots[row.slot]
         num_wrong = len(tokens) - row.num_cached_tokens
-        assert 0 <= num_wrong <= self._num_drafts.get(row.slot, 0), "tokens are missing or given twice"
+        most_wrong = len(tokens) if self.rewinds else self._num_drafts.get(row.slot, 0)
+        assert 0 <= num_wrong <= most_wrong, "tokens are missing or given twice"
         del tokens[row.num_cached_tokens :]
         self._num_drafts[row.slot] = row.num_drafts
         assert len(row.token_ids) <= self.max_chunk, "a chunk is too long"

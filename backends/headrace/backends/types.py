@@ -229,6 +229,8 @@ class GenerateRequest:
     response: ResponseOptions = field(default_factory=ResponseOptions)
     scheduling: Scheduling = field(default_factory=Scheduling)
     seed: int | None = None
+    strict: bool = False
+    """Whether it takes no answer but of a model whose class is STRICT."""
     use_prefix_cache: bool = True
     """Whether it may read what earlier requests of its tenant computed, and leave what it computes to later ones."""
     extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -440,6 +442,8 @@ class Principal:
     """Who calls, as an authenticator verified it. Caches, budgets and limits key on ``tenant``."""
 
     tenant: str
+    latency_classes: frozenset[LatencyClass] | None = None
+    """Those that it may ask for; unset: all."""
 
 
 ANONYMOUS = Principal(tenant="anonymous")

@@ -146,6 +146,16 @@ class GenerateStreamRequest(_message.Message):
     resume_after_sequence: int
     def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping]] = ..., resume_after_sequence: _Optional[int] = ...) -> None: ...
 
+class CancelStreamRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class CancelStreamResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("sequence", "prompt", "delta", "finish", "usage", "end")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]

@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=headrace_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.CancelStream = channel.unary_unary(
+                '/headrace.v1.GenerationService/CancelStream',
+                request_serializer=headrace_dot_v1_dot_generation__pb2.CancelStreamRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_generation__pb2.CancelStreamResponse.FromString,
+                _registered_method=True)
         self.GenerateBatch = channel.stream_stream(
                 '/headrace.v1.GenerationService/GenerateBatch',
                 request_serializer=headrace_dot_v1_dot_generation__pb2.GenerateBatchRequest.SerializeToString,
@@ -71,6 +76,14 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelStream(self, request, context):
+        """Ends a resumable stream at once. Cancelling the call alone looks like a broken connection, so the server would wait
+        for somebody to resume it. OK also where there is nothing to end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GenerateBatch(self, request_iterator, context):
         """Generates for any number of prompts over one stream. Each is answered once, when it is done, in the order of
         completion; half-close when the last has been sent. One that fails does not end the stream. The server reads no
@@ -92,6 +105,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=headrace_dot_v1_dot_generation__pb2.GenerateStreamRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'CancelStream': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelStream,
+                    request_deserializer=headrace_dot_v1_dot_generation__pb2.CancelStreamRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_generation__pb2.CancelStreamResponse.SerializeToString,
             ),
             'GenerateBatch': grpc.stream_stream_rpc_method_handler(
                     servicer.GenerateBatch,
@@ -154,6 +172,33 @@ class GenerationService(object):
             '/headrace.v1.GenerationService/GenerateStream',
             headrace_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
             headrace_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.GenerationService/CancelStream',
+            headrace_dot_v1_dot_generation__pb2.CancelStreamRequest.SerializeToString,
+            headrace_dot_v1_dot_generation__pb2.CancelStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,7 +12,7 @@ from headrace.cli.serve import load
 from headrace.cli.settings_options import settings_options
 from headrace.cli.toml_text import toml_value
 from headrace.server.app import App
-from headrace.server.config import SettingsError
+from headrace.server.config import Settings, SettingsError, Tables
 from headrace.server.plugins import PluginError
 
 
@@ -29,7 +29,7 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
     except (SettingsError, PluginError) as error:
         raise CliError(str(error)) from None
     values = settings.model_dump(mode="json")
-    tables = {name: values.pop(name) for name, value in list(values.items()) if isinstance(value, dict)}
+    tables = {name: values.pop(name) for name in list(values) if Settings.model_fields[name].annotation == Tables}
     for name, value in values.items():
         if value is None:
             click.echo(f"# {name} is not set")

@@ -31,7 +31,7 @@ def list_models(as_json: bool, connection: Connection) -> None:
         for model in found:
             write_json(model)
     elif found:
-        head = ("MODEL", "STATE", "BACKEND", "PARAMETERS", "WEIGHTS", "CONTEXT", "LICENSE")
+        head = ("MODEL", "STATE", "BACKEND", "PARAMETERS", "WEIGHTS", "CONTEXT", "DETERMINISM", "LICENSE")
         write_table(head, [_row(model) for model in found])
     else:
         click.echo("The server has no models; `headrace models build smollm2-135m` makes one.", err=True)
@@ -61,6 +61,7 @@ def _row(model: Model) -> tuple[str, ...]:
         short_count(model.parameter_count) if model.parameter_count else "-",
         model.quantization or "-",
         f"{model.limits.context_length:,}",
+        _determinism(model) or "-",
         model.license or "-",
     )
 
@@ -77,7 +78,7 @@ def _facts(model: Model) -> dict[str, str]:
         "weights": model.quantization or "",
         "license": model.license or "",
         "digest": model.digest or "",
-        "determinism": (model.capabilities.determinism_class or "").replace("_", " "),
+        "determinism": _determinism(model),
         "batching": "continuous" if model.capabilities.continuous_batching else "by the backend",
         "context": f"{limits.context_length:,} tokens",
         "vocabulary": f"{limits.vocabulary_size:,} tokens" if limits.vocabulary_size else "",
@@ -89,6 +90,10 @@ def _facts(model: Model) -> dict[str, str]:
         ),
         "options": ", ".join(model.capabilities.options),
     }
+
+
+def _determinism(model: Model) -> str:
+    return (model.capabilities.determinism_class or "").replace("_", " ")
 
 
 def _speed(tokens_per_second: float | None) -> str:

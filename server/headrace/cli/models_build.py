@@ -135,6 +135,9 @@ def _build(source: _Catalogue | _Own, models_dir: Path, quantization: Quantizati
         f"Built {manifest.name}: {short_count(manifest.parameter_count)} parameters, {manifest.quantization} weights, "
         f"licence {manifest.license or 'unknown'}, in {models_dir / manifest.name}"
     )
+    if manifest.determinism is not None:
+        found = manifest.determinism.classes.items()
+        click.echo("Determinism, proven here: " + ", ".join(f"{way} {name.lower()}" for way, name in found))
 
 
 def _is_built(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import click
 
 from headrace.server.config import Settings
 
-_BY_FILE_ALONE = {"backends", "authenticators", "middleware", "price_sources", "usage_sinks"}
+_BY_FILE_ALONE = {"draft_models", "backends", "authenticators", "middleware", "price_sources", "usage_sinks"}
 """Settings with a structure that a flag cannot give."""
 _LISTS = {"models", "plugins"}
 

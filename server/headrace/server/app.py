@@ -19,6 +19,7 @@ from headrace.server.config import Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
+from headrace.server.middleware.entitlements import entitle
 from headrace.server.middleware.pricing import priced
 from headrace.server.middleware.reporting import UsageReporter
 from headrace.server.middleware.resolve import resolve
@@ -72,7 +73,8 @@ class App:
             executor=self._executor,
             default_max_new_tokens=settings.default_max_new_tokens,
         )
-        handler = resolve(handler, registry=self.registry)
+        handler = resolve(handler, registry=self.registry, strict=settings.strict)
+        handler = entitle(handler)
         handler = components.wrap(handler, middleware[Place.REQUEST])
         handler = self._reporter.report(handler)
         self.generate = self.front(handler, resolve_model=False)
@@ -103,11 +105,29 @@ class App:
                     f"models: {card.name!r} is offered by backend {owners[card.name]!r} and by {backend.name!r}"
                 )
             owners[card.name] = backend.name
+        self._draft_models(offers)
         return offers
+
+    def _draft_models(self, offers: Sequence[tuple[Backend, ModelCard]]) -> dict[str, tuple[Backend, ModelCard]]:
+        """Those of the settings, which need not be served themselves. Raises SettingsError."""
+        draft_models = self.settings.draft_models
+        if not draft_models or not self.settings.speculation:
+            return {}
+        _check_names("draft_models", tuple(draft_models), offers)
+        every = components.list_models(self._backends)
+        _check_names("draft_models", tuple(draft_models.values()), every)
+        by_name = {offer[1].name: offer for offer in every}
+        return {name: by_name[drafter] for name, drafter in draft_models.items()}
 
     async def load(self) -> None:
         """Loads the models of ``offers``, which it may raise the errors of."""
-        await self.registry.load(self.offers(), default=self.settings.default_model)
+        offers = self.offers()
+        await self.registry.load(offers, default=self.settings.default_model, draft_models=self._draft_models(offers))
+        for served in self.registry:
+            if self.settings.strict and served.model and served.model.determinism is not DeterminismClass.STRICT:
+                structlog.get_logger("headrace.models").warning(
+                    "model_refuses_all", model=served.card.name, determinism=served.model.determinism.name, why="strict"
+                )
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:  # noqa: ARG002  # all models are everybody's
         return [_describe(served, self.registry.default_name) for served in self.registry]

@@ -79,8 +79,20 @@ class Settings(BaseSettings):
     speculation: bool = Field(
         True, description="Whether models check guessed tokens, many in one run, where that is likely to pay."
     )
+    draft_models: dict[str, str] = Field(
+        default_factory=dict, description="What guesses for a model, by its name: [draft_models] large = 'small'."
+    )
+    strict: bool = Field(
+        False, description="Whether every request is one for determinism.strict; models that cannot promise it refuse."
+    )
     max_batch_in_flight: int = Field(64, ge=1, description="Prompts of one GenerateBatch stream that run at once.")
     max_message_bytes: int = Field(4 * 2**20, ge=2**10, description="Size of a gRPC message at most.")
+    resume_window: float = Field(
+        10.0, ge=0, description="Seconds for which a broken stream can be resumed, if its client asks; 0: not at all."
+    )
+    resume_max_bytes: int = Field(
+        64 * 2**20, ge=0, description="Size of what is kept to resume streams, in all; the oldest goes first."
+    )
     tokenizer_threads: int = Field(2, ge=1, description="Threads that tokenize.")
     shutdown_grace: float = Field(30.0, ge=0, description="Seconds that running calls get to end after SIGTERM.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto: console on a terminal, else json.")

@@ -95,6 +95,9 @@ class Metrics:
             ("grpc_method", "grpc_status"),
             _RPC_BUCKETS,
         )
+        self._resumed = Counter(
+            "headrace_resumed_streams", "Connections that went on with the stream of an earlier one.", registry=registry
+        )
         self._queued = Gauge(
             "headrace_queued_requests", "Generations that wait for a start.", ("model",), registry=registry
         )
@@ -114,12 +117,18 @@ class Metrics:
         self._reused = _CountersElsewhere(
             "headrace_prefix_cache_reused_tokens", "Those that were there and did not have to be computed.", registry
         )
+        self._preemptions = _CountersElsewhere(
+            "headrace_preemptions", "Times that a generation gave way to a more urgent one, to go on later.", registry
+        )
 
     def rpc_started(self, method: str) -> None:
         self._rpcs_started.labels(method).inc()
 
     def rpc_finished(self, method: str, status: str, seconds: float) -> None:
         self._rpc_duration.labels(method, status).observe(seconds)
+
+    def stream_resumed(self) -> None:
+        self._resumed.inc()
 
     def generation_finished(self, call: Call, *, seconds: float, error_type: str) -> None:
         """A generation ended, in whatever way; ``error_type`` is the reason its ErrorInfo gave, empty on success."""
@@ -147,9 +156,10 @@ class Metrics:
         retained_tokens: Callable[[], float] | None = None,
         looked_up_tokens: Callable[[], float] | None = None,
         reused_tokens: Callable[[], float] | None = None,
+        preemptions: Callable[[], float] | None = None,
     ) -> None:
-        """Sets where the gauges of ``model`` come from, and its counters of the prefix cache. The functions are called
-        at each scrape, from its thread.
+        """Sets where the gauges of ``model`` come from, and the counters that others keep. The functions are called at
+        each scrape, from its thread.
         """
         self._queued.labels(model).set_function(queued)
         self._running.labels(model).set_function(running)
@@ -161,6 +171,8 @@ class Metrics:
             self._looked_up.sources[model] = looked_up_tokens
         if reused_tokens is not None:
             self._reused.sources[model] = reused_tokens
+        if preemptions is not None:
+            self._preemptions.sources[model] = preemptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import structlog
 
-from headrace.backends.api import Backend, Capabilities, Model, ModelCard, StepModel, WholeCallModel
+from headrace.backends.api import Backend, Capabilities, DeterminismClass, Model, ModelCard, StepModel, WholeCallModel
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendUnavailable, Loading, ModelNotFound
 from headrace.backends.types import Call, Events, Handler
+from headrace.server.engine.draft_model import check_pair
 from headrace.server.engine.engine import ENGINE_CAPABILITIES, Engine
+
+STRICT_OPTION = "determinism.strict"
+"""Honoured by models of class STRICT, and by no others, whatever they declare."""
 
 
 class ModelState(enum.Enum):
@@ -82,8 +86,16 @@ class ModelRegistry:
     def default_name(self) -> str | None:
         return self._default
 
-    async def load(self, offers: Sequence[tuple[Backend, ModelCard]], *, default: str | None) -> None:
-        """Loads models one after the other; one that fails is kept as FAILED and the others go on."""
+    async def load(
+        self,
+        offers: Sequence[tuple[Backend, ModelCard]],
+        *,
+        default: str | None,
+        draft_models: Mapping[str, tuple[Backend, ModelCard]] | None = None,
+    ) -> None:
+        """Loads models one after the other; one that fails is kept as FAILED and the others go on. ``draft_models`` has
+        those that draft, by the name of the one that they draft for: each is loaded for that alone.
+        """
         for backend, card in offers:
             self._served[card.name] = Served(card, backend.name)
         self._default = default or (offers[0][1].name if offers else None)
@@ -91,13 +103,19 @@ class ModelRegistry:
             served = self._served[card.name]
             began = self._clock()
             try:
-                self._serve(served, await asyncio.to_thread(backend.load, card.name))
+                await self._load_one(served, backend, (draft_models or {}).get(card.name))
             except Exception as error:  # noqa: BLE001  # a plugin may raise anything
                 served.state = ModelState.FAILED
                 self._log.error("model_failed", model=card.name, backend=backend.name, exc_info=error)
             else:
                 seconds = round(self._clock() - began, 2)
-                self._log.info("model_loaded", model=card.name, backend=backend.name, seconds=seconds)
+                self._log.info(
+                    "model_loaded",
+                    model=card.name,
+                    backend=backend.name,
+                    determinism=served.model.determinism.name if served.model else None,
+                    seconds=seconds,
+                )
 
     def find(self, name: str | None) -> Served:
         """The model of that name, ready to serve; the default for ``None``."""
@@ -134,7 +152,23 @@ class ModelRegistry:
                 await asyncio.to_thread(served.model.close)
         self._served.clear()
 
-    def _serve(self, served: Served, model: StepModel | WholeCallModel) -> None:
+    async def _load_one(self, served: Served, backend: Backend, drafter: tuple[Backend, ModelCard] | None) -> None:
+        model = await asyncio.to_thread(backend.load, served.card.name)
+        if drafter is None:
+            self._serve(served, model)
+            return
+        draft_backend, draft_card = drafter
+        loaded: list[Model] = [model]
+        try:
+            draft_model = await asyncio.to_thread(draft_backend.load, draft_card.name)
+            loaded.append(draft_model)
+            self._serve(served, model, await asyncio.to_thread(check_pair, model, draft_model))
+        except BaseException:
+            for one in loaded:
+                one.close()
+            raise
+
+    def _serve(self, served: Served, model: StepModel | WholeCallModel, draft_model: StepModel | None = None) -> None:
         served.card = model.card
         served.model = model
         if isinstance(model, WholeCallModel):
@@ -149,9 +183,16 @@ class ModelRegistry:
                 logits_processors=processors,
                 prefix_cache=self._prefix_cache,
                 speculation=self._speculation,
+                draft_model=draft_model,
             )
             served.capabilities = replace(
                 ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}
             )
             served.handler = served.engine.generate
+        served.capabilities = _with_strict(served.capabilities, model)
         served.state = ModelState.READY
+
+
+def _with_strict(capabilities: Capabilities, model: Model) -> Capabilities:
+    strict = {STRICT_OPTION} if model.determinism is DeterminismClass.STRICT else set()
+    return replace(capabilities, options=capabilities.options - {STRICT_OPTION} | strict)

@@ -117,6 +117,8 @@ async def _listen(
         metrics=metrics,
         max_message_bytes=settings.max_message_bytes,
         max_batch_in_flight=settings.max_batch_in_flight,
+        resume_window=settings.resume_window,
+        resume_max_bytes=settings.resume_max_bytes,
         reuse_port=settings.reuse_port,
         serving=False,
     )
@@ -172,6 +174,7 @@ def _observe(engine: Engine, metrics: Metrics) -> None:
         retained_tokens=lambda: engine.runner.num_retained_tokens,
         looked_up_tokens=lambda: engine.runner.num_looked_up_tokens,
         reused_tokens=lambda: engine.runner.num_reused_tokens,
+        preemptions=lambda: engine.runner.num_preemptions,
     )
 
 

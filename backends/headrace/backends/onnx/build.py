@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.backends.errors import BackendError
 from headrace.backends.onnx import bundle
-from headrace.backends.onnx.bundle import Manifest, ModelFileError, Quantization
+from headrace.backends.onnx.bundle import Determinism, Manifest, ModelFileError, Operators, Quantization
 from headrace.backends.onnx.catalog import CATALOG, fetch
+from headrace.backends.onnx.cores import usable_cores
 from headrace.backends.tokenizer import HuggingFaceTokenizer
+
+logger = logging.getLogger(__name__)
+
+_NUM_PROBED = 4
+"""Sequences beside each other when determinism is proven."""
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and how much of all is done: 0 to 1."""
@@ -123,9 +132,52 @@ def build_bundle(
             built_with={package: importlib.metadata.version(package) for package in ("headrace", "gguf", "onnx")},
             files=files,
         )
+        progress("proving determinism", 0.93)
+        manifest = manifest.model_copy(update={"determinism": _prove(writer.folder, manifest)})
         writer.commit(manifest)
     progress("done", 1.0)
     return manifest
+
+
+def _prove(folder: Path, manifest: Manifest) -> Determinism | None:
+    """Runs what was built on the operators that are here; ``None`` if there are none. What cannot be run is logged and
+    left out: the files are what they should be, and another machine may have what it takes.
+    """
+    try:
+        from headrace.backends.onnx.model import OnnxModel
+    except ImportError:  # onnxruntime is for serving
+        return None
+    from headrace.backends.onnx.kv import kv_bytes_per_token
+    from headrace.backends.onnx.plugin import compiled_operators
+
+    library = compiled_operators() if bundle.FUSED in manifest.files else None
+    ways: dict[Operators, tuple[Path | None, bool]] = {"stock": (None, False)}
+    if library is not None:
+        ways |= {"compiled": (library, False), "compiled_int8": (library, True)}
+    tokenizer = HuggingFaceTokenizer.from_bundle(folder, manifest)
+    classes = {}
+    for name, (operators, int8_cache) in ways.items():
+        try:
+            model = OnnxModel(
+                folder,
+                manifest,
+                tokenizer,
+                threads=usable_cores(os.sched_getaffinity(0)),
+                num_slots=_NUM_PROBED,
+                num_kv_bytes=_NUM_PROBED * manifest.context_length * kv_bytes_per_token(manifest, np.float32),
+                spinning=False,
+                operators=operators,
+                int8_cache=int8_cache,
+            )
+        except BackendError as error:
+            logger.warning("determinism on %s operators is not proven: %s", name, error.message)
+            continue
+        classes[name] = model.determinism.name
+        model.close()
+    packages = ("onnxruntime", *(["headrace-kernels"] if library is not None else []))
+    return Determinism.model_validate(
+        {"classes": classes, "proven_with": {package: importlib.metadata.version(package) for package in packages}}
+    )
 
 
 def _check_extra() -> None:

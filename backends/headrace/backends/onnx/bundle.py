@@ -49,6 +49,8 @@ _MAX_MANIFEST_BYTES = 1 << 20
 
 Quantization = Literal["int8", "int4", "w8a8", "fp32"]
 """How weights are stored and multiplied: ``formulations.FORMULATIONS``."""
+Operators = Literal["stock", "compiled", "compiled_int8"]
+"""What a bundle can run on: ONNX Runtime's own operators, the compiled ones, and those with a cache of int8."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -78,6 +80,17 @@ class Source(BaseModel):
     sha256: Sha256
 
 
+class Determinism(BaseModel):
+    """What was found of a bundle's determinism where it was built."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: dict[Operators, Literal["BEST_EFFORT", "BIT_EXACT", "STRICT"]]
+    """By ``DeterminismClass``'s names; what could not be run there is left out."""
+    proven_with: dict[str, str]
+    """Versions of the packages that ran it."""
+
+
 class Manifest(BaseModel):
     """What a bundle holds."""
 
@@ -105,6 +118,8 @@ class Manifest(BaseModel):
     source: Source
     built_with: dict[str, str]
     """Versions of the packages that wrote the graph."""
+    determinism: Determinism | None = None
+    """``None``: nobody has tried."""
     files: dict[str, FileEntry]
 
     def card(self) -> ModelCard:

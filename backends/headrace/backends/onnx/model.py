@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ import numpy as np
 from headrace.backends.api import DeterminismClass, Logits, Row, Tokenizer
 from headrace.backends.errors import BackendError
 from headrace.backends.onnx import bundle, fused_session, stock_session
-from headrace.backends.onnx.bundle import Manifest
+from headrace.backends.onnx.bundle import Manifest, Operators
 from headrace.backends.onnx.fused_session import FusedSession
 from headrace.backends.onnx.kv import KvMemory, kv_bytes_per_token
+from headrace.backends.onnx.probe import probe
 from headrace.backends.onnx.session import Session, open_session
 from headrace.backends.onnx.stock_session import StockSession
 from headrace.backends.onnx.top import CompiledLogits, OnnxLogits, Top
@@ -27,10 +27,15 @@ MAX_DRAFTS = 64
 """Beyond that a guess costs as much as any other token: there is nothing to gain."""
 
 
+_NEEDED_ON_STOCK = "the compiled operators: headrace-kernels, a processor with AVX2, weights of int8 or int4"
+_NEEDED_ON_COMPILED = "a processor on which the compiled operators give the same bits in every kind of step"
+
+
 class OnnxModel:
     """A loaded bundle; implements ``api.PrefixModel``."""
 
     backend = "onnx"
+    rewinds = True
 
     def __init__(
         self,
@@ -90,10 +95,15 @@ class OnnxModel:
         )
         self._session: Session = FusedSession(session, self._kv) if fused else StockSession(session, self._kv)
         self._logits = np.empty((num_slots + MAX_DRAFTS, manifest.vocabulary_size), np.float32)
-        self.determinism = self._warm_up()
-        self.mixes = fused and self.determinism is DeterminismClass.BIT_EXACT
+        kind: Operators = "stock" if not fused else "compiled_int8" if int8_cache else "compiled"
+        self.determinism = self._prove(manifest, kind)
+        if self.determinism is DeterminismClass.BEST_EFFORT:
+            # At fixed places, at least the cuts are the same every time.
+            self.chunk_alignment = 4 * CHUNK_ALIGNMENT
+            self.max_chunk = self.chunk_alignment + 1
+        self.mixes = self.decodes_like_chunks = self.determinism is DeterminismClass.STRICT
         self.max_drafts = MAX_DRAFTS if self.mixes else 0
-        self.decodes_like_chunks = self.mixes and self._probe_decodes()
+        self.needed_for_strict = _NEEDED_ON_COMPILED if fused else _NEEDED_ON_STOCK
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         self._kv.reserve(slot, num_tokens)
@@ -121,57 +131,16 @@ class OnnxModel:
         del self._session, self._top
         self._kv.close()
 
-    def _warm_up(self) -> DeterminismClass:
-        """Runs the graph in the shapes that serving uses, and finds out on the way whether this processor and runtime
-        give a sequence the same bits however its prompt is cut and whoever runs beside it.
-
-        Where they do not, prompts are cut at fixed places and the model is BEST_EFFORT.
-        """
-        size = self._logits.shape[1]
-        prompt = [(i * i * 7919 + 104_729) % size for i in range(87)]
-
-        def generate(cuts: Sequence[int], slot: int, neighbours: Sequence[int]) -> list[bytes]:
-            seen = []
-            for start, end in itertools.pairwise(cuts):
-                rows = [Row(slot, start, prompt[start:end], wants_logits=True)]
-                rows += [Row(n, 0, prompt[n : n + 5 + 9 * n], wants_logits=True) for n in neighbours]
-                seen.append(self._bits(rows, slot))
-            for position in range(len(prompt), len(prompt) + 2):
-                rows = [Row(slot, position, [prompt[0]], wants_logits=True)]
-                rows += [Row(n, 5 + 9 * n, [prompt[n]], wants_logits=True) for n in neighbours]
-                seen.append(self._bits(rows, slot))
-            return seen[-3:]
-
-        num_tokens = len(prompt) + 2
-        slots = range(min(4, self.num_slots))
-        for slot in slots:
-            self._kv.reserve(slot, num_tokens)
-        alone = generate([0, 87], 0, [])
-        same = [
-            generate([0, 64, 87], 0, slots[1:]) == alone,
-            generate([0, 16, 48, 87], slots[-1], slots[:-1]) == alone,
-        ]
-        for slot in slots:
-            self._kv.release(slot)
-        if all(same):
-            return DeterminismClass.BIT_EXACT
-        self.chunk_alignment = 4 * CHUNK_ALIGNMENT
-        self.max_chunk = self.chunk_alignment + 1
-        return DeterminismClass.BEST_EFFORT
-
-    def _probe_decodes(self) -> bool:
-        """Whether tokens that are decoded leave what they leave in a chunk: later ones then have the same bits."""
-        tokens = [(i * i * 7919 + 104_729) % self._logits.shape[1] for i in range(48)]
-        self._kv.reserve(0, len(tokens))
-        whole = self._bits([Row(0, 0, tokens, wants_logits=True)], 0)
-        self._bits([Row(0, 0, tokens[:16], wants_logits=True)], 0)
-        for position in range(16, 32):
-            self._bits([Row(0, position, tokens[position : position + 1], wants_logits=True)], 0)
-        same = self._bits([Row(0, 32, tokens[32:], wants_logits=True)], 0) == whole
-        self._kv.release(0)
-        return same
-
-    def _bits(self, rows: Sequence[Row], slot: int) -> bytes:
-        """The bits of one row's logits after a step."""
-        index = [row.slot for row in rows].index(slot)
-        return self.step(rows).row(index).tobytes()
+    def _prove(self, manifest: Manifest, operators: Operators) -> DeterminismClass:
+        """What holds here and held where the bundle was built. Warms the graph up on the way."""
+        found = probe(self, manifest.vocabulary_size, mixes=operators != "stock")
+        recorded = None if manifest.determinism is None else manifest.determinism.classes.get(operators)
+        if recorded is None or DeterminismClass[recorded] is found:
+            return found
+        logger.warning(
+            "model %s is %s on this processor, but was %s where it was built: it is served as the lesser",
+            manifest.name,
+            found.name,
+            recorded,
+        )
+        return min(found, DeterminismClass[recorded])

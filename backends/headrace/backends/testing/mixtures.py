@@ -9,7 +9,7 @@ import pytest
 
 from headrace.backends.api import DeterminismClass, Row, StepModel
 from headrace.backends.testing.demand import demand
-from headrace.backends.testing.sequences import Floats, Line, distance, feed, reserved, room
+from headrace.backends.testing.sequences import Floats, Line, distance, feed, feed_cut, reserved, room
 from headrace.backends.testing.steps import StepTests
 
 
@@ -28,8 +28,8 @@ class MixtureTests(StepTests):
             logits = step_model.step([decode, Row(1, 0, second.prompt, wants_logits=True)])
             got = [np.array(logits.row(i)) for i in range(2)]
         demanded = "a decode and a chunk that share a step get what each gets alone"
-        _check(step_model, got[:1], first.alone[1:2], second.alone, demanded, "api.StepModel.mixes")
-        _check(step_model, got[1:], second.alone[:1], first.alone, demanded, "api.StepModel.mixes")
+        _check(step_model, got[:1], first.alone[1:2], second.alone, demanded, "api.StepModel")
+        _check(step_model, got[1:], second.alone[:1], first.alone, demanded, "api.StepModel")
 
     def test_guesses_get_the_logits_of_tokens_that_come_one_by_one(
         self, step_model: StepModel, lines: Sequence[Line]
@@ -54,6 +54,17 @@ class MixtureTests(StepTests):
         demanded = "a row that begins where a wrong guess stood gets what it gets without one"
         _check(step_model, [got], line.alone[2:], line.alone[:2], demanded, "api.Row.num_drafts")
 
+    def test_tokens_leave_the_same_however_they_came_if_it_is_strict(
+        self, step_model: StepModel, lines: Sequence[Line]
+    ) -> None:
+        if step_model.determinism is not DeterminismClass.STRICT:
+            pytest.skip("not declared: DeterminismClass.STRICT")
+        line = lines[0]
+        with reserved(step_model, 0, num_tokens=room(lines)):
+            got = feed_cut(step_model, 0, [*line.prompt, *line.later])
+        demanded = "a chunk gets the logits that its tokens get one by one (the model declares STRICT)"
+        _check(step_model, [got], line.alone[-1:], line.alone[:-1], demanded, "api.DeterminismClass")
+
 
 def _need_drafts(model: StepModel, count: int) -> None:
     if getattr(model, "max_drafts", 0) < count:
@@ -64,7 +75,7 @@ def _check(
     model: StepModel, got: Sequence[Floats], expected: Sequence[Floats], others: Sequence[Floats], what: str, read: str
 ) -> None:
     """The logits are the same bits if the model is BIT_EXACT, else nearer than any others."""
-    exact = model.determinism is DeterminismClass.BIT_EXACT
+    exact = model.determinism >= DeterminismClass.BIT_EXACT
     for row, right in zip(got, expected, strict=True):
         away, apart = distance(row, right), min(distance(other, right) for other in others)
         demand(

@@ -158,7 +158,7 @@ def _check(
         expected = alone[which][step]
         away = distance(row, expected)
         apart = min(distance(other[step], expected) for i, other in enumerate(alone) if i != which)
-        exact = model.determinism is DeterminismClass.BIT_EXACT
+        exact = model.determinism >= DeterminismClass.BIT_EXACT
         demand(
             row.tobytes() == expected.tobytes() if exact else away <= apart / 2,
             f"{demanded}{' (the model declares BIT_EXACT)' if exact else ''}",

@@ -43,7 +43,7 @@ class Served:
 
     @property
     def is_bit_exact(self) -> bool:
-        return self.model.determinism is DeterminismClass.BIT_EXACT
+        return self.model.determinism >= DeterminismClass.BIT_EXACT
 
     def declares(self, *options: str) -> bool:
         return self.capabilities.options.issuperset(options)

@@ -14,6 +14,7 @@ import grpc
 from headrace.client import channel as channels
 from headrace.client import convert, errors, requests, responses
 from headrace.client.options import ChatOptions, Options
+from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, GOODBYE_SECONDS, Resumption
 from headrace.client.types import (
     Completion,
     Event,
@@ -35,7 +36,7 @@ class AsyncClient:
 
     Every method takes ``timeout``, the call's deadline in seconds (default: none), and raises the errors of
     ``headrace.client.errors``. What an overloaded or restarting server refuses before the first event is tried again,
-    up to four times in all.
+    up to four times in all. A stream whose connection breaks is resumed without the reader noticing.
 
     Args:
         address: Where the server is: ``"host:port"``, or ``"unix:/path"``.
@@ -43,6 +44,7 @@ class AsyncClient:
         tls: True for the system's certificates, or a ``Tls``. Default: plain text.
         metadata: Further gRPC metadata for every call.
         channel_options: Further gRPC channel options; they win over the client's own.
+        max_resumptions: Times in a row that a broken stream is resumed, with no event in between. 0: never.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class AsyncClient:
         tls: channels.Tls | bool = False,
         metadata: channels.Metadata = (),
         channel_options: channels.ChannelOptions = (),
+        max_resumptions: int = DEFAULT_MAX_RESUMPTIONS,
     ) -> None:
         self.address = address
         self._metadata = channels.metadata(api_key, metadata)
@@ -63,6 +66,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, options)
         self._stubs = channels.Stubs(self._channel)
+        self._max_resumptions = max_resumptions
 
     async def generate(
         self,
@@ -87,11 +91,15 @@ class AsyncClient:
     ) -> AsyncStream:
         """Generates and gives events as they happen. Leaving the ``async with`` block early cancels the call.
 
-        ``resume_after_sequence`` continues a broken stream after its last event (``AsyncStream.sequence``); it needs
-        the ``idempotency_key`` of the broken call.
+        A stream whose connection breaks is resumed, unless it has a ``request_id`` of yours: that is a label, which
+        need not be unique. With ``resume_after_sequence=0`` it names the stream, which is resumable then too; the same
+        request again, with the last sequence number (``AsyncStream.sequence``), continues it.
         """
-        request = requests.stream(requests.spec(prompt, spec, options), resume_after_sequence)
-        return AsyncStream(self._stubs.generate_stream(request, timeout=timeout, metadata=self._metadata))
+        request = requests.stream(
+            requests.spec(prompt, spec, options), resume_after_sequence, resumable=self._max_resumptions > 0
+        )
+        resumption = Resumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
+        return AsyncStream(self._stubs, self._metadata, resumption)
 
     def generate_batch(
         self,
@@ -204,8 +212,7 @@ class _Responses(Generic[T]):
                 self._done = True
                 self._check_end()
             except grpc.aio.AioRpcError as error:
-                self._done = True
-                raise errors.from_rpc_error(error) from error
+                self._go_on(error)
             except asyncio.CancelledError as error:
                 await self.close()
                 _raise_if_call_was_cancelled(error)
@@ -218,8 +225,31 @@ class _Responses(Generic[T]):
 
     async def close(self) -> None:
         """Cancels the call if it is not over."""
-        self._done = True
+        was_done, self._done = self._done, True
         self._call.cancel()
+        if not was_done:
+            await self._say_goodbye()
+
+    def _go_on(self, error: grpc.aio.AioRpcError) -> None:
+        """Raises what the call failed with, or goes on with another."""
+        failure = errors.from_rpc_error(error)
+        try:
+            if self._done:
+                raise failure
+            self._call = self._go_on_after(failure)
+        except errors.HeadraceError as final:
+            self._done = True
+            raise final from error
+        self._messages = aiter(self._call)
+        if self._done:  # closed meanwhile
+            self._call.cancel()
+
+    def _go_on_after(self, error: errors.HeadraceError) -> Any:
+        """A call that goes on where this one failed. Raises ``error``, or what is to be said instead."""
+        raise error
+
+    async def _say_goodbye(self) -> None:
+        """Tells the server what a cancel does not."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -240,9 +270,12 @@ class _Responses(Generic[T]):
 class AsyncStream(_Responses[Event]):
     """The events of one generation."""
 
-    def __init__(self, call: Any) -> None:
-        self._reader = responses.StreamReader()
-        super().__init__(call, self._reader.read, self._reader.check_end)
+    def __init__(self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: Resumption) -> None:
+        self._stubs = stubs
+        self._metadata = metadata
+        self._resumption = resumption
+        self._reader = responses.StreamReader(resumption.request.resume_after_sequence)
+        super().__init__(self._start(resumption.request), self._reader.read, self._reader.check_end)
 
     @property
     def sequence(self) -> int:
@@ -259,6 +292,29 @@ class AsyncStream(_Responses[Event]):
         async for event in self:
             if text := responses.text_of_first_choice(event):
                 yield text
+
+    def _start(self, request: generation_pb2.GenerateStreamRequest) -> Any:
+        return self._stubs.generate_stream(request, timeout=self._resumption.timeout(), metadata=self._metadata)
+
+    def _go_on_after(self, error: errors.HeadraceError) -> Any:
+        request = self._resumption.after(error, self.sequence)
+        if request is None:
+            raise self._resumption.failure(error)
+        return self._start(request)
+
+    async def _say_goodbye(self) -> None:
+        if not self._resumption.is_resumable:
+            return
+        try:
+            await self._stubs.cancel_stream(
+                self._resumption.goodbye(), timeout=GOODBYE_SECONDS, metadata=self._metadata
+            )
+        except (grpc.RpcError, grpc.aio.UsageError):
+            pass  # the server cannot be reached, or the client is closed: the stream ends by itself, later
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
 
 
 class AsyncBatch(_Responses[responses.BatchItem]):

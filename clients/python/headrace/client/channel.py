@@ -97,6 +97,7 @@ class Stubs:
         models: Any = models_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         self.generate = generation.Generate
         self.generate_stream = generation.GenerateStream
+        self.cancel_stream = generation.CancelStream
         self.generate_batch = generation.GenerateBatch
         self.tokenize = tokenization.Tokenize
         self.detokenize = tokenization.Detokenize

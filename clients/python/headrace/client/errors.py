@@ -3,9 +3,9 @@
     HeadraceError
     ├── InvalidArgumentError     a field has a value that cannot be: ``violations`` names it
     ├── UnsupportedOptionError   a field is set that the model cannot honour, or the server lacks the method
-    ├── NotFoundError            no such model, or not for this caller
+    ├── NotFoundError            no such model, or not for this caller; no such stream to resume
     ├── AlreadyExistsError       the idempotency key was used and its answer is gone
-    ├── PreconditionError        the server is in no state to do this
+    ├── PreconditionError        the server is in no state to do this; somebody else has resumed or cancelled the stream
     ├── AuthenticationError      no credentials, or wrong ones
     ├── PermissionDeniedError    right credentials, but not for this
     ├── OverloadedError          no room now, or a limit is reached; ``retry_after`` says when to try again
@@ -96,7 +96,7 @@ class UnsupportedOptionError(HeadraceError):
 
 
 class NotFoundError(HeadraceError):
-    """No such model, or not for this caller."""
+    """No such model, or not for this caller; no such stream to resume, or no longer."""
 
 
 class AlreadyExistsError(HeadraceError):
@@ -104,7 +104,7 @@ class AlreadyExistsError(HeadraceError):
 
 
 class PreconditionError(HeadraceError):
-    """The server is in no state to do this."""
+    """The server is in no state to do this; somebody else has resumed or cancelled the stream."""
 
 
 class AuthenticationError(HeadraceError):

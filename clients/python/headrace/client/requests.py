@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -30,8 +31,17 @@ def spec(
 
 
 def stream(
-    spec: generation_pb2.GenerationSpec, resume_after_sequence: int | None
+    spec: generation_pb2.GenerationSpec, resume_after_sequence: int | None, *, resumable: bool
 ) -> generation_pb2.GenerateStreamRequest:
+    """A stream that is ``resumable`` gets a request id to be resumed by. The caller's own is a label, which may not be
+    unique: it names a stream only where ``resume_after_sequence`` is given.
+    """
+    if not spec.HasField("request_id"):
+        if resume_after_sequence:
+            raise ValueError("resume_after_sequence: needs the request_id of the broken call")
+        if resumable or resume_after_sequence is not None:
+            spec.request_id = uuid.uuid4().hex
+            resume_after_sequence = 0
     return generation_pb2.GenerateStreamRequest(spec=spec, resume_after_sequence=resume_after_sequence)
 
 

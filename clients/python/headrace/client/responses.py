@@ -19,8 +19,8 @@ BatchItem: TypeAlias = tuple[int, Completion | errors.HeadraceError]
 class StreamReader:
     """Turns a stream's messages into events and keeps what outlives them."""
 
-    def __init__(self) -> None:
-        self.sequence = 0
+    def __init__(self, sequence: int = 0) -> None:
+        self.sequence = sequence
         self.report: Report | None = None
 
     def read(self, message: generation_pb2.GenerateStreamResponse) -> Event | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -12,6 +14,7 @@ import grpc
 from headrace.client import channel as channels
 from headrace.client import convert, errors, requests, responses
 from headrace.client.options import ChatOptions, Options
+from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, GOODBYE_SECONDS, Resumption
 from headrace.client.types import (
     Completion,
     Event,
@@ -32,7 +35,7 @@ class Client:
 
     Every method takes ``timeout``, the call's deadline in seconds (default: none), and raises the errors of
     ``headrace.client.errors``. What an overloaded or restarting server refuses before the first event is tried again,
-    up to four times in all.
+    up to four times in all. A stream whose connection breaks is resumed without the reader noticing.
 
     Args:
         address: Where the server is: ``"host:port"``, or ``"unix:/path"``.
@@ -40,6 +43,7 @@ class Client:
         tls: True for the system's certificates, or a ``Tls``. Default: plain text.
         metadata: Further gRPC metadata for every call.
         channel_options: Further gRPC channel options; they win over the client's own.
+        max_resumptions: Times in a row that a broken stream is resumed, with no event in between. 0: never.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Client:
         tls: channels.Tls | bool = False,
         metadata: channels.Metadata = (),
         channel_options: channels.ChannelOptions = (),
+        max_resumptions: int = DEFAULT_MAX_RESUMPTIONS,
     ) -> None:
         self.address = address
         self._metadata = channels.metadata(api_key, metadata)
@@ -60,6 +65,7 @@ class Client:
         else:
             self._channel = grpc.secure_channel(address, credentials, options)
         self._stubs = channels.Stubs(self._channel)
+        self._max_resumptions = max_resumptions
 
     def generate(
         self,
@@ -84,11 +90,15 @@ class Client:
     ) -> Stream:
         """Generates and gives events as they happen. Leaving the ``with`` block early cancels the call.
 
-        ``resume_after_sequence`` continues a broken stream after its last event (``Stream.sequence``); it needs the
-        ``idempotency_key`` of the broken call.
+        A stream whose connection breaks is resumed, unless it has a ``request_id`` of yours: that is a label, which
+        need not be unique. With ``resume_after_sequence=0`` it names the stream, which is resumable then too; the same
+        request again, with the last sequence number (``Stream.sequence``), continues it.
         """
-        request = requests.stream(requests.spec(prompt, spec, options), resume_after_sequence)
-        return Stream(self._stubs.generate_stream(request, timeout=timeout, metadata=self._metadata))
+        request = requests.stream(
+            requests.spec(prompt, spec, options), resume_after_sequence, resumable=self._max_resumptions > 0
+        )
+        resumption = Resumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
+        return Stream(self._stubs, self._metadata, resumption)
 
     def generate_batch(
         self,
@@ -196,8 +206,7 @@ class _Responses(Generic[T]):
                 self._done = True
                 self._check_end()
             except grpc.RpcError as error:
-                self._done = True
-                raise errors.from_rpc_error(error) from error
+                self._go_on(error)
             else:
                 item = self._read(message)
                 if item is not None:
@@ -206,8 +215,30 @@ class _Responses(Generic[T]):
 
     def close(self) -> None:
         """Cancels the call if it is not over."""
-        self._done = True
+        was_done, self._done = self._done, True
         self._call.cancel()
+        if not was_done:
+            self._say_goodbye()
+
+    def _go_on(self, error: grpc.RpcError) -> None:
+        """Raises what the call failed with, or goes on with another."""
+        failure = errors.from_rpc_error(error)
+        try:
+            if self._done:
+                raise failure
+            self._call = self._go_on_after(failure)
+        except errors.HeadraceError as final:
+            self._done = True
+            raise final from error
+        if self._done:  # closed meanwhile
+            self._call.cancel()
+
+    def _go_on_after(self, error: errors.HeadraceError) -> Any:
+        """A call that goes on where this one failed. Raises ``error``, or what is to be said instead."""
+        raise error
+
+    def _say_goodbye(self) -> None:
+        """Tells the server what a cancel does not."""
 
     def __enter__(self) -> Self:
         return self
@@ -226,9 +257,12 @@ class _Responses(Generic[T]):
 class Stream(_Responses[Event]):
     """The events of one generation."""
 
-    def __init__(self, call: Any) -> None:
-        self._reader = responses.StreamReader()
-        super().__init__(call, self._reader.read, self._reader.check_end)
+    def __init__(self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: Resumption) -> None:
+        self._stubs = stubs
+        self._metadata = metadata
+        self._resumption = resumption
+        self._reader = responses.StreamReader(resumption.request.resume_after_sequence)
+        super().__init__(self._start(resumption.request), self._reader.read, self._reader.check_end)
 
     @property
     def sequence(self) -> int:
@@ -245,6 +279,27 @@ class Stream(_Responses[Event]):
         for event in self:
             if text := responses.text_of_first_choice(event):
                 yield text
+
+    def _start(self, request: generation_pb2.GenerateStreamRequest) -> Any:
+        return self._stubs.generate_stream(request, timeout=self._resumption.timeout(), metadata=self._metadata)
+
+    def _go_on_after(self, error: errors.HeadraceError) -> Any:
+        request = self._resumption.after(error, self.sequence)
+        if request is None:
+            raise self._resumption.failure(error)
+        return self._start(request)
+
+    def _say_goodbye(self) -> None:
+        if self._resumption.is_resumable:
+            # In a thread: a signal handler that closes the stream may have interrupted gRPC in this one.
+            goodbye = threading.Thread(target=self._cancel_stream, daemon=True)
+            goodbye.start()
+            goodbye.join(GOODBYE_SECONDS)
+
+    def _cancel_stream(self) -> None:
+        # ValueError: the client is closed. Without a goodbye the stream ends by itself, later.
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            self._stubs.cancel_stream(self._resumption.goodbye(), timeout=GOODBYE_SECONDS, metadata=self._metadata)
 
 
 class Batch(_Responses[responses.BatchItem]):

@@ -145,6 +145,7 @@ def _client(connection: Connection, *options: tuple[str, Any]) -> AsyncClient:
         api_key=connection.api_key,
         tls=connection.tls,
         channel_options=(_OWN_CONNECTION, *options),
+        max_resumptions=0,  # a stream that breaks is a failure here
     )
 
 

@@ -18,10 +18,11 @@ a text may begin to repeat itself late."""
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens that may come next, and how many of the last tokens led to them."""
+    """Tokens that may come next."""
 
     token_ids: Sequence[int]
-    match: int
+    match: int | None
+    """How many of the last tokens led to them; ``None``: a second model did (``draft_model``)."""
 
 
 class PromptLookup:
@@ -60,7 +61,8 @@ class PromptLookup:
         return None
 
     def learn(self, draft: Draft, num_accepted: int) -> None:
-        """Takes note of how many tokens of a draft were what the model chose."""
+        """Takes note of how many tokens of one of its drafts were what the model chose."""
+        assert draft.match is not None
         tried = min(num_accepted + 1, len(draft.token_ids))
         before = self._acceptance[draft.match]
         weight = 1 - (1 - _SMOOTHING) ** tried

@@ -100,11 +100,13 @@ class Engine:
         logits_processors: Mapping[str, type[LogitsProcessor]] | None = None,
         prefix_cache: bool = True,
         speculation: bool = True,
+        draft_model: StepModel | None = None,
     ) -> None:
         """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot.
         ``logits_processors`` are those that ``call.extensions`` may name. ``prefix_cache``: whether prompts begin with
         what earlier ones of their tenant have computed, where the model is a ``PrefixModel``. ``speculation``: whether
-        the model checks guessed tokens where that is likely to pay, if it can.
+        the model checks guessed tokens where that is likely to pay, if it can. ``draft_model`` guesses where the text
+        itself does not tell (``check_pair``); the engine owns it, too.
         """
         self.model = model
         self.max_tokens = min(model.card.context_length, model.num_kv_tokens)
@@ -113,9 +115,15 @@ class Engine:
         self._max_queued = max_queued
         self._logits_processors = logits_processors or {}
         self._num_queued = 0
+        self._draft_model = draft_model
         self._loop = asyncio.get_running_loop()
         self.runner = Runner(
-            model, clock=clock, deliver=self._deliver_soon, prefix_cache=prefix_cache, speculation=speculation
+            model,
+            clock=clock,
+            deliver=self._deliver_soon,
+            prefix_cache=prefix_cache,
+            speculation=speculation,
+            draft_model=draft_model,
         )
         """The thread that steps the model."""
 
@@ -172,6 +180,8 @@ class Engine:
         """Stops the thread and frees the model. No call is running."""
         await asyncio.to_thread(self.runner.join)
         self.model.close()
+        if self._draft_model is not None:
+            self._draft_model.close()
 
     async def _settled(self) -> None:
         """Waits until the thread has done all that was asked of it so far."""

@@ -62,10 +62,14 @@ class Pacer:
         """What a guessed token costs beside so many decodes: the tokens that these alone would give in that time. None
         if it is not known.
         """
-        seconds = self._seconds_per_draft or self._seconds_per_token
-        if not seconds or not self._decode_seconds or not self._is_near(num_decodes):
+        seconds, token_seconds = self._seconds_per_draft or self._seconds_per_token, self.token_seconds(num_decodes)
+        return seconds / token_seconds if seconds and token_seconds else None
+
+    def token_seconds(self, num_decodes: int) -> float | None:
+        """What a token of so many decodes takes; None if it is not known."""
+        if not self._decode_seconds or not self._is_near(num_decodes):
             return None
-        return seconds * num_decodes / self._decode_seconds
+        return self._decode_seconds / num_decodes
 
     def can_mix(self, num_decodes: int) -> bool:
         """Whether the next run may have decodes and more: it is known what so many take alone. What such a run says of

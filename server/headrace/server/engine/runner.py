@@ -4,9 +4,9 @@ A step is up to two packed runs: the decodes, one token for each running stream;
 are kept apart because a decode that shares a run with a chunk takes another path through attention, unless the model
 ``mixes``: apart, what a sequence gets does not depend on who runs beside it. Decodes alone may carry guesses.
 
-The life of a choice here: it waits in the ``Scheduler`` for a slot; what others have computed of its prompt is taken
-from them, the rest is run in chunks, the last of which gives the first token; then a token a step, or several, until
-``_accept`` finds a reason to finish.
+The life of a choice here: it waits in the ``Scheduler`` for a slot, which it may have to give up again; what others
+have computed of its prompt is taken from them, the rest is run in chunks, the last of which gives the first token; then
+a token a step, or several, until ``_accept`` finds a reason to finish.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import structlog
 
-from headrace.backends.api import Logits, PrefixModel, Row, StepModel
+from headrace.backends.api import DeterminismClass, Logits, PrefixModel, Row, StepModel
 from headrace.backends.errors import BackendError, BackendUnavailable, DeadlineExceeded, QueueTimeout
 from headrace.backends.types import (
     ChoiceFinish,
@@ -28,14 +29,18 @@ from headrace.backends.types import (
     Event,
     ExpiryAction,
     FinishReason,
+    LatencyClass,
     TokenLogprob,
     TopLogprob,
 )
+from headrace.server.engine.admission import Admission
+from headrace.server.engine.draft_model import DraftModel
 from headrace.server.engine.drafts import Draft
 from headrace.server.engine.pace import Pacer
 from headrace.server.engine.sampler import Sampled, sample
-from headrace.server.engine.scheduler import Chunk, Copy, Keep, Limits, Release, Scheduler, SlotChange, Start
+from headrace.server.engine.scheduler import Limits, Scheduler
 from headrace.server.engine.sequence import Sequence
+from headrace.server.engine.step import Chunk, Copy, Keep, Preempt, Release, SlotChange, Start
 from headrace.server.engine.stream import EventStream
 from headrace.server.engine.text import StopMatch
 
@@ -43,6 +48,8 @@ _IDLE_CHUNK_TOKENS = 256
 """Prompt tokens of a step in which no stream runs; a cancel waits for one step."""
 _LONGEST_DRAFT = 16
 """Guessed tokens of one sequence in a step."""
+_DEAREST_DRAFT = 0.8
+"""The price of a guess beyond which none is made: what could be gained is less than what may be lost."""
 _MIN_PREFIX_BLOCK = 16
 """Tokens of a prompt that are shared or not as one, at least; a multiple of what the model can cut."""
 _LONGEST_WAIT = 3600.0
@@ -64,6 +71,7 @@ class Runner:
         deliver: Callable[[int, Outbox], None],
         prefix_cache: bool,
         speculation: bool,
+        draft_model: StepModel | None,
     ) -> None:
         """``deliver`` takes, on this thread, what a step gave: how many sequences left the queue, and events. The other
         arguments are the ``Engine``'s.
@@ -73,6 +81,9 @@ class Runner:
         self._deliver = deliver
         self._prefix_model = model if prefix_cache and isinstance(model, PrefixModel) else None
         self._scheduler = Scheduler(_limits(model, self._prefix_model))
+        self._admission = Admission(model.num_slots)
+        self.num_preemptions = 0
+        """Sequences that made room for more urgent ones, ever."""
         self.num_looked_up_tokens = 0
         """Tokens of prompts that were looked up in the prefix cache, ever."""
         self.num_reused_tokens = 0
@@ -80,10 +91,11 @@ class Runner:
         self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
         self._mixes: bool = getattr(model, "mixes", False)
         self._max_drafts: int = getattr(model, "max_drafts", 0) if speculation else 0
+        self._draft_model = DraftModel(draft_model, clock=clock) if draft_model and self._max_drafts else None
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._outbox: Outbox = []
         self._num_dequeued = 0
-        """Sequences that left the queue, which nobody has been told of."""
+        """Sequences that left the queue, less those that came back, which nobody has been told of."""
         self._closing = False
         self._prefill_rates: deque[float] = deque(maxlen=64)
         self._decode_rates: deque[float] = deque(maxlen=64)
@@ -188,6 +200,15 @@ class Runner:
             self._change(change)
 
     def _add(self, sequences: list[Sequence]) -> None:
+        """Queues the choices of a call, or refuses them if they would wait in vain."""
+        first = sequences[0]
+        if first.queue_until is not None or first.call.deadline is not None:
+            before, num_shared = self._scheduler.load_before(first), self._scheduler.num_shared_tokens(first)
+            refusal = self._admission.refusal(first, before, num_shared, self._clock())
+            if refusal is not None:
+                self._num_dequeued += len(sequences)
+                self._emit(first.stream, refusal)
+                return
         for sequence in sequences:
             self._scheduler.add(sequence)
 
@@ -207,12 +228,24 @@ class Runner:
             self._num_dequeued += 1
         for change in self._scheduler.remove(sequence, retain=retain):
             self._change(change)
+        self._forget_drafts(sequence)
+
+    def _forget_drafts(self, sequence: Sequence) -> None:
+        if self._draft_model is not None:
+            try:
+                self._draft_model.forget(sequence)
+            except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; nobody's answer needs it
+                self._give_up_draft_model(error)
 
     def _change(self, change: SlotChange) -> None:
         """Tells the model what became of a slot."""
         match change:
             case Start(sequence, resumes):
                 self._start(sequence, resumes=resumes)
+            case Preempt(sequence):
+                self.num_preemptions += 1
+                self._num_dequeued -= 1
+                self._forget_drafts(sequence)
             case Copy(source, sequence, num_tokens):
                 assert self._prefix_model is not None
                 assert sequence.slot is not None
@@ -233,7 +266,8 @@ class Runner:
             usage.input_tokens = sequence.num_prompt_tokens
             if self._prefix_model is not None:
                 usage.cache_read_input_tokens = 0
-        if self._prefix_model is not None and sequence.call.request.use_prefix_cache:
+        looks_up = sequence.call.request.use_prefix_cache and not sequence.was_preempted
+        if self._prefix_model is not None and looks_up:
             self.num_looked_up_tokens += sequence.num_prompt_tokens
         if resumes:
             assert self._prefix_model is not None
@@ -243,29 +277,60 @@ class Runner:
             self._model.reserve(sequence.slot, sequence.num_tokens_reserved)
 
     def _note_reuse(self, sequence: Sequence) -> None:
-        """A prompt is counted once, however many choices it has: as its first one met it."""
+        """A prompt is counted once, however many choices it has: as its first one met it when it first started."""
+        if sequence.was_preempted:
+            return
         self.num_reused_tokens += sequence.num_reused_tokens
         if sequence.choice == 0:
             sequence.attempt.usage.cache_read_input_tokens = sequence.num_reused_tokens
 
     def _chunk_budget(self) -> int:
+        """Streams of class BATCH are no reason to make a more urgent prompt wait."""
         running = self._scheduler.running()
+        if self._scheduler.has_urgent_prompt():
+            running = [one for one in running if one.call.request.scheduling.latency_class < LatencyClass.BATCH]
         decodes = sum(sequence.num_tokens_to_run == 1 for sequence in running)
         return self._pacer.chunk_budget(decodes, len(running) - decodes)
 
     def _draft(self, sequences: list[Sequence]) -> dict[Sequence, Draft]:
         """Guesses for what comes after the sequences' tokens, where they are worth what they cost."""
         price = self._pacer.draft_price(len(sequences)) if self._max_drafts else None
-        if price is None or price >= 1:
+        if price is None or price > _DEAREST_DRAFT:
             return {}
         drafts, left = {}, self._max_drafts
+        without = {}
         for sequence in sequences:
             longest = min(_LONGEST_DRAFT, left, sequence.max_new_tokens - sequence.num_output_tokens - 1)
             draft = sequence.lookup.propose(sequence.tokens, price, longest)
             if draft:
                 drafts[sequence] = draft
                 left -= len(draft.token_ids)
-        return drafts if drafts and self._pacer.can_mix(len(sequences)) else {}
+            elif self._draft_model is not None:
+                without[sequence] = longest
+        if not (drafts or without) or not self._pacer.can_mix(len(sequences)):
+            return {}
+        return drafts | self._ask_draft_model(without, price, left, len(sequences)) if without else drafts
+
+    def _ask_draft_model(
+        self, sequences: Mapping[Sequence, int], price: float, most: int, num_decodes: int
+    ) -> dict[Sequence, Draft]:
+        token_seconds = self._pacer.token_seconds(num_decodes)
+        if self._draft_model is None or token_seconds is None:
+            return {}
+        try:
+            return self._draft_model.propose(sequences, price=price, token_seconds=token_seconds, most=most)
+        except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; nobody's answer needs it
+            self._give_up_draft_model(error)
+            return {}
+
+    def _give_up_draft_model(self, error: Exception) -> None:
+        self._log.error("draft_model_failed", exc_info=error)
+        failed, self._draft_model = self._draft_model, None
+        if failed is not None:
+            try:
+                failed.forget_all()
+            except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
+                self._log.error("release_failed", exc_info=second)
 
     def _decode(self, sequences: list[Sequence], drafts: Mapping[Sequence, Draft]) -> None:
         began = self._clock()
@@ -353,7 +418,10 @@ class Runner:
         return going_on
 
     def _learn(self, sequence: Sequence, draft: Draft, num_accepted: int) -> None:
-        sequence.lookup.learn(draft, num_accepted)
+        if draft.match is not None:
+            sequence.lookup.learn(draft, num_accepted)
+        elif self._draft_model is not None:
+            self._draft_model.learn(sequence, draft, num_accepted)
         usage = sequence.attempt.usage
         usage.accepted_draft_tokens = (usage.accepted_draft_tokens or 0) + num_accepted
         usage.rejected_draft_tokens = (usage.rejected_draft_tokens or 0) + len(draft.token_ids) - num_accepted
@@ -427,7 +495,7 @@ class Runner:
                     sequence,
                     QueueTimeout(
                         "scheduling.queue_timeout passed before a start",
-                        retry_after=self.patience(len(self._scheduler.waiting())),
+                        retry_after=self.patience(self._scheduler.num_waiting),
                     ),
                 )
 
@@ -472,8 +540,9 @@ class Runner:
 
     def _note_speed(self, sequence: Sequence) -> None:
         meter = sequence.call.meter
-        if meter.started is None or meter.first_token is None or meter.last_token is None:
+        if meter.started is None or meter.first_token is None or meter.last_token is None or sequence.was_preempted:
             return
+        self._admission.saw(sequence)
         if meter.first_token > meter.started:
             num_computed = sequence.num_prompt_tokens - sequence.num_reused_tokens
             self._prefill_rates.append(num_computed / (meter.first_token - meter.started))
@@ -484,13 +553,17 @@ class Runner:
 def _limits(model: StepModel, prefix_model: PrefixModel | None) -> Limits:
     """``prefix_model`` is the same, if sequences may begin with what others have computed."""
     align = model.chunk_alignment
-    if prefix_model is None:
-        return Limits(model.num_slots, model.num_kv_tokens, model.max_chunk, align)
-    return Limits(
+    limits = Limits(
         model.num_slots,
         model.num_kv_tokens,
         model.max_chunk,
         align,
+        recomputes_output=model.determinism is DeterminismClass.STRICT,
+    )
+    if prefix_model is None:
+        return limits
+    return replace(
+        limits,
         num_spare_slots=prefix_model.num_spare_slots,
         prefix_block=-(-_MIN_PREFIX_BLOCK // align) * align,
         shares_output=prefix_model.decodes_like_chunks,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
+from headrace.backends.types import LatencyClass
+from headrace.server.engine.fairness import FairQueue, Load, TokenCounters
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.slots import Slots
+from headrace.server.engine.step import Chunk, Copy, Keep, Preempt, Release, SlotChange, Start, Step
 
 _TURNS_OF_THE_OLDEST = 4
 """Of so many steps in which several prompts have something to run, the oldest comes first in one."""
+_OUTPUT_WEIGHT = 2
+"""A tenant is charged so much for a token of output, and 1 for one of a prompt, in the cache or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,67 +32,9 @@ class Limits:
     """Tokens of what others have computed that a sequence can begin with: a multiple of this; 0: none."""
     shares_output: bool = False
     """Whether that may be tokens that were decoded (``PrefixModel.decodes_like_chunks``)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The tokens of a prompt, from what is cached up to ``end``."""
-
-    sequence: Sequence
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A sequence got its slot: an empty one, or if it ``resumes``, one that has its first ``num_cached_tokens``."""
-
-    sequence: Sequence
-    resumes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A sequence begins with ``num_tokens`` of another slot."""
-
-    source: int
-    sequence: Sequence
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """A slot is nobody's any more, and only its first ``num_tokens`` count."""
-
-    slot: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A slot is empty."""
-
-    slot: int
-
-
-SlotChange = Start | Copy | Keep | Release
-"""What the model has to be told, in order."""
-
-
-@dataclass(slots=True)
-class Step:
-    """What to run now: first ``decodes``, one token each; then ``chunks``. ``changes`` come before both."""
-
-    changes: list[SlotChange] = field(default_factory=list)
-    decodes: list[Sequence] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def started(self) -> list[Sequence]:
-        """Those that got their slots just now."""
-        return [change.sequence for change in self.changes if isinstance(change, Start)]
-
-    def __bool__(self) -> bool:
-        return bool(self.changes or self.decodes or self.chunks)
+    recomputes_output: bool = False
+    """Whether tokens that were decoded may be computed again in a chunk, and nothing after them changes
+    (``DeterminismClass.STRICT``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +46,11 @@ class _Found:
 
 
 class Scheduler:
-    """Sequences wait in order of latency class, priority and arrival, then run until they are removed.
+    """Sequences wait in the order of a ``FairQueue``, then run until they are removed.
 
-    A sequence starts when there is a free slot and room for all the tokens it can ever have, so it never has to stop
-    for want of memory; none overtakes one that waits for room.
+    A sequence starts when there is a free slot and room for all the tokens it can ever have; none overtakes one that
+    waits for room. If there is none, those of class BATCH make room for a more urgent one: as few as will do, of those
+    that started last. They wait again, the first of their tenant, and compute again what they had.
 
     It begins with what another of its tenant has computed: one that is over and retained, whose slot it takes over if
     that has nothing else; or one that runs. If one that runs is about to compute what both share, the later waits with
@@ -115,7 +62,8 @@ class Scheduler:
         self._order = itertools.count()
         self._num_turns = 0
         """Steps in which several prompts had something to run."""
-        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._counters = TokenCounters()
+        self._queue = FairQueue(self._counters)
         self._running: dict[Sequence, int] = {}
         """In order of start, and its number in that."""
         self._followers: dict[Sequence, tuple[Sequence, int]] = {}
@@ -137,7 +85,11 @@ class Scheduler:
 
     def waiting(self) -> list[Sequence]:
         """Sequences without a slot, in no order."""
-        return [sequence for _, sequence in self._waiting]
+        return list(self._queue)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
 
     @property
     def num_running(self) -> int:
@@ -157,40 +109,53 @@ class Scheduler:
         """Queues a sequence. Its ``num_tokens_reserved`` must fit an empty cache."""
         if sequence.num_tokens_reserved > self._limits.num_kv_tokens:
             raise RuntimeError("a sequence that can never fit was queued. This is a bug.")
-        scheduling = sequence.call.request.scheduling
-        rank = (int(scheduling.latency_class), -scheduling.priority, next(self._order))
-        heapq.heappush(self._waiting, (rank, sequence))
+        self._counters.enter(sequence.tenant)
+        self._queue.append(sequence)
 
     def remove(self, sequence: Sequence, *, retain: bool = False) -> list[SlotChange]:
         """Forgets a sequence, waiting or running; its slot is free at once. If it may be of use to others, it is kept
         with what is in the cache: ``retain`` says that this is sound.
         """
-        slot = sequence.slot
-        if slot is None:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
-            return []
-        del self._running[sequence], self._by_slot[slot]
-        self._followers.pop(sequence, None)
-        sequence.slot = None
-        num_tokens = self._num_shareable_tokens(sequence) if retain else 0
-        if num_tokens == 0:
-            self._slots.free(slot)
-            return [Release(slot)]
-        given_up = self._slots.retain(slot, _tenant(sequence), sequence.tokens[:num_tokens])
-        kept: list[SlotChange] = [] if slot in given_up else [Keep(slot, num_tokens)]
-        return [*kept, *map(Release, given_up)]
+        changes: list[SlotChange] = []
+        if sequence.slot is None:
+            self._queue.remove(sequence)
+        else:
+            self._charge_output(sequence)
+            changes = self._stop(sequence, retain=retain)
+        self._counters.leave(sequence.tenant)
+        return changes
+
+    def load_before(self, sequence: Sequence) -> Load:
+        """What surely starts before one that is added now."""
+        return self._queue.load_before(sequence)
+
+    def num_shared_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that need not be computed, if it starts soon."""
+        if not self._shares(sequence):
+            return 0
+        common = self._slots.common(sequence.tenant, sequence.tokens, len(sequence.tokens) - 2)
+        return max(common.values(), default=0)
+
+    def has_urgent_prompt(self) -> bool:
+        """Whether one that is more urgent than BATCH waits for its first token."""
+        first = self._queue.first()
+        if first is not None and _is_urgent(first):
+            return True
+        return any(sequence.num_tokens_to_run > 1 and _is_urgent(sequence) for sequence in self._running)
 
     def give_up_retained(self) -> list[SlotChange]:
         """Empties every slot that no sequence runs in."""
         return [Release(slot) for slot in self._slots.give_up_all()]
 
     def schedule(self, chunk_budget: int) -> Step:
-        """The next step. Prompts get at most ``chunk_budget`` tokens of it, and at least one chunk.
+        """The next step. Prompts get at most ``chunk_budget`` tokens of it, and at least one chunk. While some of class
+        VOICE are under way, the others get nothing, and nothing of BATCH runs.
 
         A sequence whose reader is too slow stands still until it has caught up.
         """
         step = Step()
+        for sequence in self._running:
+            self._charge_output(sequence)
         self._catch_up(step)
         self._start(step)
         prompts = []
@@ -201,7 +166,10 @@ class Scheduler:
                 prompts.append(sequence)
             elif not sequence.stream.is_full:
                 step.decodes.append(sequence)
-        for sequence in self._in_turn(prompts):
+        voices = [sequence for sequence in prompts if _urgency(sequence) == LatencyClass.VOICE]
+        if voices:
+            step.decodes = [sequence for sequence in step.decodes if _is_urgent(sequence)]
+        for sequence in self._in_turn(voices or prompts):
             if chunk_budget > 0:
                 end = self._cut(sequence, chunk_budget)
                 chunk_budget -= end - sequence.num_cached_tokens
@@ -224,13 +192,73 @@ class Scheduler:
         return sorted(prompts, key=lambda sequence: (_urgency(sequence), ends[sequence] - sequence.num_cached_tokens))
 
     def _start(self, step: Step) -> None:
-        while self._waiting and len(self._running) < self._limits.num_slots:
-            sequence = self._waiting[0][1]
-            if sequence.num_tokens_reserved > self._slots.num_obtainable_tokens:
+        while (sequence := self._queue.first()) is not None:
+            for other in self._in_the_way_of(sequence):
+                step.changes.append(Preempt(other))
+                step.changes += self._preempt(other)
+            if not self._has_room(sequence):
                 break
-            heapq.heappop(self._waiting)
+            self._queue.remove(sequence)
+            if not sequence.num_charged_tokens:
+                self._counters.charge(sequence.tenant, sequence.num_prompt_tokens)
+                sequence.num_charged_tokens = sequence.num_prompt_tokens
             self._running[sequence] = next(self._order)
             self._give_slot(sequence, step)
+
+    def _has_room(self, sequence: Sequence, without: Collection[Sequence] = ()) -> bool:
+        """Whether there is a slot for it and room, if need be that of all that is retained and of those ``without``."""
+        num_tokens = self._slots.num_obtainable_tokens + sum(other.num_tokens_reserved for other in without)
+        return len(self._running) - len(without) < self._limits.num_slots and sequence.num_tokens_reserved <= num_tokens
+
+    def _in_the_way_of(self, sequence: Sequence) -> list[Sequence]:
+        """Those that must make room for one that waits, and may: it is urgent, and they are not."""
+        others: list[Sequence] = []
+        if not _is_urgent(sequence):
+            return others
+        candidates = (other for other in reversed(self._running) if self._can_preempt(other))
+        while not self._has_room(sequence, others):
+            if (other := next(candidates, None)) is None:
+                return []
+            others.append(other)
+        for other in list(others):
+            fewer = [one for one in others if one is not other]
+            if self._has_room(sequence, fewer):
+                others = fewer
+        return others
+
+    def _can_preempt(self, sequence: Sequence) -> bool:
+        """Whether it may start again, and nobody will see a difference."""
+        return not _is_urgent(sequence) and (self._limits.recomputes_output or not sequence.num_output_tokens)
+
+    def _preempt(self, sequence: Sequence) -> list[SlotChange]:
+        changes = self._stop(sequence, retain=True)
+        if sequence.num_cached_tokens:
+            sequence.was_preempted = True
+        sequence.num_cached_tokens = 0
+        sequence.queue_until = None  # it did start
+        self._queue.put_back(sequence)
+        return changes
+
+    def _stop(self, sequence: Sequence, *, retain: bool) -> list[SlotChange]:
+        """Takes a sequence's slot away."""
+        slot = sequence.slot
+        assert slot is not None
+        del self._running[sequence], self._by_slot[slot]
+        self._followers.pop(sequence, None)
+        sequence.slot = None
+        num_tokens = self._num_shareable_tokens(sequence) if retain else 0
+        if num_tokens == 0:
+            self._slots.free(slot)
+            return [Release(slot)]
+        given_up = self._slots.retain(slot, sequence.tenant, sequence.tokens[:num_tokens])
+        kept: list[SlotChange] = [] if slot in given_up else [Keep(slot, num_tokens)]
+        return [*kept, *map(Release, given_up)]
+
+    def _charge_output(self, sequence: Sequence) -> None:
+        num_tokens = len(sequence.tokens) - sequence.num_charged_tokens
+        if num_tokens:
+            self._counters.charge(sequence.tenant, _OUTPUT_WEIGHT * num_tokens)
+            sequence.num_charged_tokens += num_tokens
 
     def _give_slot(self, sequence: Sequence, step: Step) -> None:
         """There is room, if need be that of all that is retained."""
@@ -256,7 +284,7 @@ class Scheduler:
         if found is not None:
             self._begin_with(sequence, found, step)
         if self._shares(sequence):
-            slots.put(sequence.slot, _tenant(sequence), sequence.tokens)
+            slots.put(sequence.slot, sequence.tenant, sequence.tokens)
 
     def _catch_up(self, step: Step) -> None:
         """Lets those go on whose leaders have what they wait for, or are gone."""
@@ -276,7 +304,7 @@ class Scheduler:
         sequence.num_cached_tokens = sequence.num_reused_tokens = found.num_tokens
         if found.slot == sequence.slot:
             # What it held beyond that is another sequence's.
-            self._slots.put(found.slot, _tenant(sequence), sequence.tokens[: found.num_tokens])
+            self._slots.put(found.slot, sequence.tenant, sequence.tokens[: found.num_tokens])
         else:
             self._slots.touch(found.slot)
             step.changes.append(Copy(found.slot, sequence, found.num_tokens))
@@ -289,7 +317,7 @@ class Scheduler:
         """
         if not self._shares(sequence):
             return None, None
-        common = self._slots.common(_tenant(sequence), sequence.tokens, len(sequence.tokens) - 2)
+        common = self._slots.common(sequence.tenant, sequence.tokens, len(sequence.tokens) - 2)
         found: _Found | None = None
         best = 0, False
         for slot, num_tokens in common.items():
@@ -338,10 +366,9 @@ class Scheduler:
         return total if end - start == align else end - align
 
 
-def _tenant(sequence: Sequence) -> str:
-    """As verified: nothing that a caller says decides whose cache is read."""
-    return sequence.call.principal.tenant
-
-
 def _urgency(sequence: Sequence) -> int:
     return int(sequence.call.request.scheduling.latency_class)
+
+
+def _is_urgent(sequence: Sequence) -> bool:
+    return _urgency(sequence) < LatencyClass.BATCH

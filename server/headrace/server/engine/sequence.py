@@ -39,10 +39,19 @@ class Sequence:
     num_cached_tokens: int = 0
     num_reused_tokens: int = 0
     """Tokens of the prompt that others had computed."""
+    num_charged_tokens: int = 0
+    """Tokens that its tenant was charged for, in the order of the queue."""
+    was_preempted: bool = False
+    """Whether it had to give up what it had in the cache: what it finds there later is its own."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
     unsent_ids: list[int] = field(default_factory=list)
     """Tokens no delta has carried yet."""
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def tenant(self) -> str:
+        """As verified: nothing that a caller says decides whose cache is read, or whose turn it is."""
+        return self.call.principal.tenant
 
     @property
     def num_output_tokens(self) -> int:

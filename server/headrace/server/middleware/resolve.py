@@ -7,19 +7,23 @@ from contextlib import aclosing
 
 from pydantic import BaseModel, ValidationError
 
+from headrace.backends.api import DeterminismClass
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.types import Call, Events, Handler
-from headrace.server.registry import ModelRegistry, Served
+from headrace.server.registry import STRICT_OPTION, ModelRegistry, Served
 
 
-def resolve(inner: Handler, *, registry: ModelRegistry) -> Handler:
+def resolve(inner: Handler, *, registry: ModelRegistry, strict: bool = False) -> Handler:
     """Sets ``call.model``. Raises ModelNotFound, Loading, BackendUnavailable if it could not be loaded,
-    UnsupportedOption, or InvalidArgument for what exceeds the model's limits.
+    UnsupportedOption, or InvalidArgument for what exceeds the model's limits. ``strict``: every call is taken for one
+    that asks for ``determinism.strict``.
     """
 
     async def handle(call: Call) -> Events:
         served = registry.find(call.request.model)
         _check(call, served)
+        if strict or call.request.strict:
+            _check_strict(served)
         call.model = served.model
         call.extensions = _extensions(call, served)
         async with aclosing(inner(call)) as events:
@@ -31,7 +35,8 @@ def resolve(inner: Handler, *, registry: ModelRegistry) -> Handler:
 
 def _check(call: Call, served: Served) -> None:
     request, name, backend = call.request, served.card.name, served.backend
-    for option in sorted(request.options - served.capabilities.options):
+    # Its value decides: false is what everybody honours.
+    for option in sorted(request.options - served.capabilities.options - {STRICT_OPTION}):
         raise UnsupportedOption(option, model=name, backend=backend)
     if request.n > served.capabilities.max_n:
         raise InvalidArgument("n", f"must be at most {served.capabilities.max_n} for {name!r}, got {request.n}")
@@ -39,6 +44,13 @@ def _check(call: Call, served: Served) -> None:
     if request.response.top_logprobs > most:
         problem = f"must be at most {most} for {name!r}, got {request.response.top_logprobs}"
         raise InvalidArgument("response.top_logprobs", problem)
+
+
+def _check_strict(served: Served) -> None:
+    model = served.model
+    if model is None or model.determinism is not DeterminismClass.STRICT:
+        needed: str = getattr(model, "needed_for_strict", "a model of class STRICT")
+        raise UnsupportedOption(STRICT_OPTION, model=served.card.name, backend=served.backend, needed=needed)
 
 
 def _extensions(call: Call, served: Served) -> Mapping[str, BaseModel]:

@@ -42,6 +42,9 @@ NO_REQUEST = GenerateRequest(input=TokenIdsInput(()))
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
+Outgoing = Message | bytes
+"""A message that is sent, perhaps serialized already."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Rpc:
@@ -49,7 +52,7 @@ class Rpc:
 
     method: str
     """``"<service>/<method>"``."""
-    context: grpc.aio.ServicerContext[bytes, Message]
+    context: grpc.aio.ServicerContext[bytes, Outgoing]
     arrived: float
     deadline: float | None
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -95,7 +98,7 @@ class Rpc:
                 joined[key] = f"{joined[key]},{value}" if key in joined else value
         return joined
 
-    async def write(self, message: Message) -> None:
+    async def write(self, message: Outgoing) -> None:
         """Hands one message of a stream to the transport. That it returns does not mean that the client reads."""
         try:
             await self.context.write(message)
@@ -155,6 +158,11 @@ class Calls:
             handlers[method.name] = make(run, response_serializer=_serialize)
         return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
+    def track(self, task: asyncio.Task[Any]) -> None:
+        """Counts a task as running until it is done."""
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
     async def wait_idle(self, timeout: float) -> bool:
         """Waits until no call is running, clean-up and status included; says whether that came within ``timeout``
         seconds.
@@ -165,19 +173,18 @@ class Calls:
 
     def _runner(
         self, method: str, behaviour: Behaviour, client_streaming: bool
-    ) -> Callable[[Any, grpc.aio.ServicerContext[bytes, Message]], Awaitable[Message | None]]:
-        async def run(request: Any, context: grpc.aio.ServicerContext[bytes, Message]) -> Message | None:
+    ) -> Callable[[Any, grpc.aio.ServicerContext[bytes, Outgoing]], Awaitable[Message | None]]:
+        async def run(request: Any, context: grpc.aio.ServicerContext[bytes, Outgoing]) -> Message | None:
             return await self._run(method, context, behaviour, b"" if client_streaming else request)
 
         return run
 
     async def _run(
-        self, method: str, context: grpc.aio.ServicerContext[bytes, Message], behaviour: Behaviour, raw: bytes
+        self, method: str, context: grpc.aio.ServicerContext[bytes, Outgoing], behaviour: Behaviour, raw: bytes
     ) -> Message | None:
         task = asyncio.current_task()
         assert task is not None
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self.track(task)
 
         arrived = self.clock()
         # None without a deadline, against grpc's type.
@@ -263,5 +270,5 @@ def _log(rpc: Rpc, *, code: str, error_type: str, seconds: float) -> None:
     logger.info("call_finished", **fields)
 
 
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
+def _serialize(message: Outgoing) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()

@@ -73,6 +73,7 @@ def to_request(
         ),
         scheduling=_scheduling(spec.scheduling, default_latency_class),
         seed=spec.determinism.seed if spec.determinism.HasField("seed") else None,
+        strict=spec.determinism.strict,
         use_prefix_cache=spec.cache.prefix != pb.CACHE_MODE_BYPASS,
         extensions={name: _struct(f"extensions[{name!r}]", value) for name, value in spec.extensions.items()},
         options=options,

@@ -20,11 +20,14 @@ from headrace.server.rpc.calls import Calls
 from headrace.server.rpc.generation import Generation
 from headrace.server.rpc.health import Health
 from headrace.server.rpc.models import Models
+from headrace.server.rpc.resumption import ResumableStreams
 from headrace.server.rpc.tokenization import Tokenization
 from headrace.v1 import generation_pb2, models_pb2, tokenization_pb2
 
 DEFAULT_MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 DEFAULT_MAX_BATCH_IN_FLIGHT = 64
+DEFAULT_RESUME_WINDOW_SECONDS = 10.0
+DEFAULT_RESUME_MAX_BYTES = 64 * 1024 * 1024
 
 END_SECONDS = 5.0
 """For running calls to send their end once the grace is over; then they are cancelled."""
@@ -50,6 +53,7 @@ class RunningServer:
     health: Health
     _server: grpc.aio.Server
     _calls: Calls
+    _streams: ResumableStreams
 
     def set_serving(self, serving: bool) -> None:
         """Sets the health of the server and its services, not that of models."""
@@ -60,10 +64,11 @@ class RunningServer:
         """Stops in order: tells health watchers, sends clients elsewhere (GOAWAY; a call that still comes gets
         UNAVAILABLE), waits up to ``grace`` seconds for running calls, calls ``on_grace_over`` if some are left, so that
         the application can bring them to an end, and cancels what is there ``END_SECONDS`` later. Returns when every
-        call has cleaned up.
+        call has cleaned up. Streams that wait to be resumed are cancelled at once: their clients would be refused.
         """
         self.health.stop()
         self._calls.stopping.set()
+        self._streams.close()
         # Refuses new calls at once, and ends when the last stream has, health watches included.
         stopping = asyncio.create_task(self._server.stop(_LONGER_THAN_ANY_GRACE))
         try:
@@ -86,6 +91,8 @@ async def start_server(
     metrics: Metrics,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     max_batch_in_flight: int = DEFAULT_MAX_BATCH_IN_FLIGHT,
+    resume_window: float = DEFAULT_RESUME_WINDOW_SECONDS,
+    resume_max_bytes: int = DEFAULT_RESUME_MAX_BYTES,
     credentials: grpc.ServerCredentials | None = None,
     reuse_port: bool = False,
     serving: bool = True,
@@ -110,7 +117,8 @@ async def start_server(
     )
     calls = Calls(application, metrics, clock)
     health = Health(SERVICES)
-    _add_services(server, application, calls, metrics, clock, max_batch_in_flight)
+    streams = ResumableStreams(window=resume_window, max_bytes=resume_max_bytes, track=calls.track)
+    _add_services(server, application, calls, Generation(application, metrics, clock, streams), max_batch_in_flight)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((*SERVICES, health_service.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
@@ -122,7 +130,7 @@ async def start_server(
             " them have the setting reuse_port, and one user"
         ) from error
     await server.start()
-    running = RunningServer(port, health, server, calls)
+    running = RunningServer(port, health, server, calls, streams)
     running.set_serving(serving)
     return running
 
@@ -131,11 +139,9 @@ def _add_services(
     server: grpc.aio.Server,
     application: Application,
     calls: Calls,
-    metrics: Metrics,
-    clock: Callable[[], float],
+    generation: Generation,
     max_batch_in_flight: int,
 ) -> None:
-    generation = Generation(application, metrics, clock)
     tokenization = Tokenization(application)
     models = Models(application)
     server.add_generic_rpc_handlers(
@@ -145,6 +151,7 @@ def _add_services(
                 {
                     "Generate": generation.unary,
                     "GenerateStream": generation.stream,
+                    "CancelStream": generation.cancel_stream,
                     "GenerateBatch": GenerateBatch(generation, calls, max_batch_in_flight),
                 },
             ),

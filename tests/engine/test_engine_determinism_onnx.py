@@ -1,0 +1,155 @@
+"""Strict determinism on real graphs: whatever happens around a call, it gets the bits that it gets alone, on an engine
+that neither guesses nor keeps anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from engine_kit import Answer, make_call, read, running_engine
+
+from headrace.backends.api import DeterminismClass
+from headrace.backends.onnx.build import build_bundle
+from headrace.backends.onnx.bundle import read_manifest
+from headrace.backends.onnx.model import OnnxModel
+from headrace.backends.onnx.plugin import compiled_operators
+from headrace.backends.tokenizer import HuggingFaceTokenizer
+from headrace.backends.types import Call, LatencyClass, Prompt, ResponseOptions, Sampling, Scheduling, Stopping
+from headrace.server.engine.pace import Pacer
+from tests.onnx import tiny
+
+NUM_CALLS = 24
+MOST_TOKENS = 260
+"""Of prompt and output of any call."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if compiled_operators() is None:
+        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
+    folder = tmp_path_factory.mktemp("determinism")
+    source = tiny.write_gguf(folder / "tiny.gguf")
+    build_bundle(source, name="tiny", models_dir=folder, quantization="int8", progress=tiny.quietly)
+    return folder / "tiny"
+
+
+def load(folder: Path, *, int8_cache: bool) -> OnnxModel:
+    """Its cache holds three or four of the longest calls: others wait, and what is kept is given up."""
+    manifest = read_manifest(folder)
+    token_bytes = tiny.LAYERS * 2 * tiny.KV_HEADS * (tiny.HEAD_SIZE + 2 if int8_cache else 2 * tiny.HEAD_SIZE)
+    return OnnxModel(
+        folder,
+        manifest,
+        HuggingFaceTokenizer.from_bundle(folder, manifest),
+        threads=2,
+        num_slots=6,
+        num_kv_bytes=7 * MOST_TOKENS // 2 * token_bytes,
+        spinning=False,
+        operators=compiled_operators(),
+        num_spare_slots=3,
+        int8_cache=int8_cache,
+    )
+
+
+@dataclass
+class Visit:
+    """When a call comes, and after how many events its reader goes away."""
+
+    call: Call
+    delay: float
+    limit: int | None
+
+
+def prompts(dice: random.Random) -> list[tuple[int, ...]]:
+    """They begin alike, some with the answers' kind of repetition."""
+    beginnings = [[dice.randrange(3, 270) for _ in range(dice.randrange(20, 150))] for _ in range(3)]
+    beginnings.append([*range(40, 60)] * 5)
+    found = []
+    for _ in range(NUM_CALLS):
+        beginning = dice.choice(beginnings)
+        shared = beginning[: dice.choice([len(beginning), dice.randrange(1, len(beginning))])]
+        found.append((*shared, *(dice.randrange(3, 270) for _ in range(dice.choice([0, 1, 2, 17, 40])))))
+    return found
+
+
+def make_visits(seed: int) -> list[Visit]:
+    """The same ones for the same seed."""
+    dice = random.Random(seed)
+    visits = []
+    for i, ids in enumerate(prompts(dice)):
+        call = make_call(
+            max_new_tokens=dice.randrange(1, 60),
+            n=dice.choice([1, 1, 1, 3]),
+            seed=i,
+            sampling=Sampling(
+                temperature=dice.choice([0.0, 0.0, 0.6, 1.7]),
+                top_k=dice.choice([None, 5]),
+                top_p=dice.choice([1.0, 0.9]),
+                min_p=dice.choice([0.0, 0.05]),
+                repetition_penalty=dice.choice([1.0, 1.3]),
+                frequency_penalty=dice.choice([0.0, 0.4]),
+            ),
+            stopping=Stopping(ignore_eos=dice.random() < 0.7),
+            response=ResponseOptions(token_ids=True, logprobs=True, top_logprobs=2),
+            scheduling=Scheduling(latency_class=dice.choice(list(LatencyClass)), priority=dice.randrange(3)),
+            tenant=dice.choice(["a", "a", "b"]),
+            use_prefix_cache=dice.random() < 0.8,
+        )
+        call.prompt = Prompt("", ids)
+        limit = dice.randrange(1, 20) if dice.random() < 0.25 else None
+        visits.append(Visit(call, dice.choice([0.0, 0.0, dice.uniform(0, 0.05)]), limit))
+    return visits
+
+
+async def alone(folder: Path, seed: int, *, int8_cache: bool) -> list[Answer]:
+    """What each call gets with nobody beside it, to its end."""
+    async with running_engine(load(folder, int8_cache=int8_cache), prefix_cache=False, speculation=False) as engine:
+        return [await read(engine, visit.call) for visit in make_visits(seed)]
+
+
+def check(visit: Visit, got: Answer, expected: Answer) -> None:
+    """Log-probabilities show every bit of the logits."""
+    for choice in range(visit.call.request.n):
+        ids, logprobs = got.ids(choice), got.logprobs(choice)
+        assert ids == expected.ids(choice)[: len(ids)]
+        assert logprobs == expected.logprobs(choice)[: len(logprobs)]
+        if visit.limit is None:
+            assert len(ids) == len(expected.ids(choice))
+            assert got.text(choice) == expected.text(choice)
+            assert got.finish(choice) == expected.finish(choice)
+
+
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["float16 cache", "int8 cache"])
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_call_has_the_bits_that_it_has_alone_whatever_happens_around_it(
+    bundle: Path, seed: int, int8_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await alone(bundle, seed, int8_cache=int8_cache)
+    dice = random.Random(1000 + seed)
+    monkeypatch.setattr(Pacer, "chunk_budget", lambda *_: dice.choice([16, 16, 48, 112, 256]))
+    monkeypatch.setattr(Pacer, "draft_price", lambda *_: dice.choice([0.01, 0.2, 0.5, 2.0]))
+    model = load(bundle, int8_cache=int8_cache)
+    assert model.determinism is DeterminismClass.STRICT
+    model.mixes = seed % 3 != 2
+    model.chunk_alignment = dice.choice([16, 32])
+    prefix_cache, speculation = seed % 4 != 1, seed % 4 != 2
+    visits = make_visits(seed)
+
+    async def visit_engine(visit: Visit) -> Answer:
+        await asyncio.sleep(visit.delay)
+        return await read(engine, visit.call, limit=visit.limit)
+
+    async with running_engine(model, prefix_cache=prefix_cache, speculation=speculation) as engine:
+        answers = await asyncio.gather(*map(visit_engine, visits))
+        num_reused = engine.runner.num_reused_tokens
+    for visit, got, right in zip(visits, answers, expected, strict=True):
+        check(visit, got, right)
+    num_guessed = sum(
+        (visit.call.meter.usage().accepted_draft_tokens or 0) + (visit.call.meter.usage().rejected_draft_tokens or 0)
+        for visit in visits
+    )
+    assert (num_reused > 0, num_guessed > 0) == (prefix_cache, speculation), "this mix shows less than it should"
