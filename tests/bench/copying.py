@@ -31,9 +31,9 @@ _LETTER = (
 )
 _RECIPE = (
     "Mix 500 g of flour with 10 g of salt and 3 g of yeast. Add 350 ml of warm water and stir until no dry flour is"
-    " left. Cover the bowl and let the dough rest for twelve hours. Shape it into a ball on a floured board, let it rise"
-    " for another hour, and bake it in a hot iron pot: thirty minutes with the lid on, fifteen without. Let it cool on a"
-    " rack before you cut it."
+    " left. Cover the bowl and let the dough rest for twelve hours. Shape it into a ball on a floured board, let it"
+    " rise for another hour, and bake it in a hot iron pot: thirty minutes with the lid on, fifteen without. Let it"
+    " cool on a rack before you cut it."
 )
 
 COPYING: Sequence[str] = (

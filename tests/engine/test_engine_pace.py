@@ -46,6 +46,17 @@ def test_where_more_wait_for_a_first_token_than_for_a_next_one_chunks_take_longe
     assert pacer.chunk_budget(8, 9) == 277, "a quarter of a second"
 
 
+def test_a_step_takes_no_longer_than_it_may_whoever_waits() -> None:
+    pacer = Pacer(smallest=16, largest=512)
+    assert pacer.chunk_budget(0, 3, 0.1) == 512, "nothing is known"
+    for _ in range(50):
+        pacer.saw_decodes(32, 0.060)
+        pacer.saw_chunks(100, 0.090)
+    assert pacer.chunk_budget(0, 3, 0.1) == 111
+    assert pacer.chunk_budget(32, 40, 0.1) == 44, "40 ms are left"
+    assert pacer.chunk_budget(32, 40, 0.05) == 16
+
+
 def test_budgets_stay_within_their_bounds_and_follow_what_is_measured() -> None:
     pacer = Pacer(smallest=16, largest=256)
     pacer.saw_decodes(8, 1.0)

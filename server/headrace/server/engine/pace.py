@@ -4,6 +4,8 @@ chunks can share a run of the model, and what a guessed token costs.
 
 from __future__ import annotations
 
+import math
+
 _SMOOTHING = 0.2
 _MAX_STRETCH = 1.4
 """A step with chunks may take this much longer than the decodes alone, beyond their own time: with the smallest chunk's
@@ -85,19 +87,24 @@ class Pacer:
             return False
         return abs(num_decodes - self._num_decodes) <= max(1, self._num_decodes // 8)
 
-    def chunk_budget(self, num_decodes: int, num_prompts: int) -> int:
-        """Prompt tokens for the next step, beside ``num_decodes`` running streams, if so many prompts are under way."""
+    def chunk_budget(self, num_decodes: int, num_prompts: int, most_seconds: float = math.inf) -> int:
+        """Prompt tokens for the next step, beside ``num_decodes`` running streams, if so many prompts are under way and
+        the step may take ``most_seconds``.
+        """
         if num_decodes == 0:
-            return self._largest
-        if not self._decode_seconds or not self._seconds_per_token:  # not measured, or by a clock that stands still
+            seconds = most_seconds
+        elif self._decode_seconds:
+            seconds = _MAX_STRETCH * self._decode_seconds
+            if num_decodes < _FEW_DECODES:
+                seconds = max(seconds, _UNNOTICED_SECONDS)
+            if num_prompts > num_decodes:
+                seconds = max(seconds, _CROWD_SECONDS)
+            seconds = min(seconds, most_seconds - self._decode_seconds)
+        else:  # not measured, or by a clock that stands still
             return self._smallest
-        seconds = _MAX_STRETCH * self._decode_seconds
-        if num_decodes < _FEW_DECODES:
-            seconds = max(seconds, _UNNOTICED_SECONDS)
-        if num_prompts > num_decodes:
-            seconds = max(seconds, _CROWD_SECONDS)
-        tokens = int(seconds / self._seconds_per_token)
-        return max(self._smallest, min(tokens, self._largest))
+        if seconds == math.inf or not self._seconds_per_token:
+            return self._smallest if num_decodes else self._largest
+        return max(self._smallest, min(int(seconds / self._seconds_per_token), self._largest))
 
 
 def _smooth(average: float | None, value: float) -> float:

@@ -12,6 +12,7 @@ a token a step, or several, until ``_accept`` finds a reason to finish.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import statistics
 import threading
@@ -50,6 +51,9 @@ _LONGEST_DRAFT = 16
 """Guessed tokens of one sequence in a step."""
 _DEAREST_DRAFT = 0.8
 """The price of a guess beyond which none is made: what could be gained is less than what may be lost."""
+_VOICE_SECONDS = 60.0
+_STEP_SECONDS_WITH_VOICE = 0.1
+"""What a step may take for so long after a request of class VOICE came: the next one must wait for it."""
 _MIN_PREFIX_BLOCK = 16
 """Tokens of a prompt that are shared or not as one, at least; a multiple of what the model can cut."""
 _LONGEST_WAIT = 3600.0
@@ -96,6 +100,8 @@ class Runner:
         self._outbox: Outbox = []
         self._num_dequeued = 0
         """Sequences that left the queue, less those that came back, which nobody has been told of."""
+        self._voice_until = -math.inf
+        """Until when another request of class VOICE is to be expected."""
         self._closing = False
         self._prefill_rates: deque[float] = deque(maxlen=64)
         self._decode_rates: deque[float] = deque(maxlen=64)
@@ -202,6 +208,8 @@ class Runner:
     def _add(self, sequences: list[Sequence]) -> None:
         """Queues the choices of a call, or refuses them if they would wait in vain."""
         first = sequences[0]
+        if first.call.request.scheduling.latency_class is LatencyClass.VOICE:
+            self._voice_until = self._clock() + _VOICE_SECONDS
         if first.queue_until is not None or first.call.deadline is not None:
             before, num_shared = self._scheduler.load_before(first), self._scheduler.num_shared_tokens(first)
             refusal = self._admission.refusal(first, before, num_shared, self._clock())
@@ -290,7 +298,8 @@ class Runner:
         if self._scheduler.has_urgent_prompt():
             running = [one for one in running if one.call.request.scheduling.latency_class < LatencyClass.BATCH]
         decodes = sum(sequence.num_tokens_to_run == 1 for sequence in running)
-        return self._pacer.chunk_budget(decodes, len(running) - decodes)
+        most_seconds = _STEP_SECONDS_WITH_VOICE if self._clock() < self._voice_until else math.inf
+        return self._pacer.chunk_budget(decodes, len(running) - decodes, most_seconds)
 
     def _draft(self, sequences: list[Sequence]) -> dict[Sequence, Draft]:
         """Guesses for what comes after the sequences' tokens, where they are worth what they cost."""
