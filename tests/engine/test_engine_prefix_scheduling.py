@@ -34,31 +34,32 @@ class Memory:
     def change(self, change: SlotChange, following: bool) -> None:
         """``following``: the sequence waits for another."""
         match change:
-            case Start(sequence, resumes):
-                assert sequence.slot is not None
-                assert 0 <= sequence.slot < self.limits.num_slots + self.limits.num_spare_slots
+            case Start(sequence, slot, num_resumed_tokens):
+                assert slot == sequence.slot
+                assert 0 <= slot < self.limits.num_slots + self.limits.num_spare_slots
                 best = 0 if following else self.best(sequence)
                 assert sequence.num_reused_tokens == sequence.num_cached_tokens == best
-                if resumes:
-                    assert best
-                    self.check(sequence, sequence.slot, best)
-                    del self.tokens[sequence.slot][best:]
+                if num_resumed_tokens:
+                    assert num_resumed_tokens == best
+                    self.check(sequence, slot, best)
+                    del self.tokens[slot][best:]
                 else:
-                    assert sequence.slot not in self.tokens
-                    self.tokens[sequence.slot] = []
-                self.reserved[sequence.slot] = sequence.num_tokens_reserved
-                self.tenants[sequence.slot] = sequence.call.principal.tenant
-                self.num_prompt_tokens[sequence.slot] = sequence.num_prompt_tokens
-                self.open.discard(sequence.slot)
+                    assert slot not in self.tokens
+                    self.tokens[slot] = []
+                self.reserved[slot] = sequence.num_tokens_reserved
+                self.tenants[slot] = sequence.call.principal.tenant
+                self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
+                self.open.discard(slot)
                 if sequence.call.request.use_prefix_cache:
-                    self.open.add(sequence.slot)
-            case Copy(source, sequence, num_tokens):
-                assert sequence.slot is not None
-                assert source != sequence.slot
-                assert not self.tokens[sequence.slot]
-                assert num_tokens == sequence.num_cached_tokens == self.best(sequence) > 0
+                    self.open.add(slot)
+            case Copy(source, target, num_tokens, sequence):
+                # It may have made room for another right after.
+                assert sequence.slot is None or (target, num_tokens) == (sequence.slot, sequence.num_cached_tokens)
+                assert source != target
+                assert not self.tokens[target]
+                assert num_tokens == self.best(sequence) > 0
                 self.check(sequence, source, num_tokens)
-                self.tokens[sequence.slot] = self.tokens[source][:num_tokens]
+                self.tokens[target] = self.tokens[source][:num_tokens]
             case Preempt(sequence):
                 assert sequence.slot is None
                 assert sequence.num_cached_tokens == 0

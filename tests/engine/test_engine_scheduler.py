@@ -427,7 +427,7 @@ def test_a_voice_takes_the_slot_of_the_batch_that_started_last() -> None:
     voice = make_sequence(20, 1, latency_class=LatencyClass.VOICE)
     scheduler.add(voice)
     step = scheduler.schedule(1000)
-    assert step.changes == [Preempt(last), Release(1), Start(voice)]
+    assert step.changes == [Preempt(last), Release(1), Start(voice, 1)]
     run(step)
     tokens = list(last.tokens)
     assert len(tokens) == 22

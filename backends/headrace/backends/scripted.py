@@ -56,6 +56,8 @@ EOS = 256
 VOCABULARY_SIZE = 257
 _FAILS = b"\x00"
 """A prompt with this byte makes the model fail, so that failing can be tested."""
+_NEVER = -1e4
+"""A logit that no draw finds."""
 
 
 class Kind(enum.StrEnum):
@@ -241,6 +243,7 @@ class ScriptedStepModel:
         tokens = self._slots[slot]
         length = self._prompt_lengths.setdefault(slot, len(tokens))
         logits = np.random.default_rng(_hash(tokens)).normal(size=VOCABULARY_SIZE).astype(np.float32)
+        logits[ord(_FAILS)] = _NEVER  # its own output may be a prompt to it later
         logits[_next_token(tokens, tokens[length:], self._options.answer)] = 10.0
         return logits
 

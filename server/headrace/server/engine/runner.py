@@ -248,16 +248,15 @@ class Runner:
     def _change(self, change: SlotChange) -> None:
         """Tells the model what became of a slot."""
         match change:
-            case Start(sequence, resumes):
-                self._start(sequence, resumes=resumes)
+            case Start(sequence, slot, num_resumed_tokens):
+                self._start(sequence, slot, num_resumed_tokens)
             case Preempt(sequence):
                 self.num_preemptions += 1
                 self._num_dequeued -= 1
                 self._forget_drafts(sequence)
-            case Copy(source, sequence, num_tokens):
+            case Copy(source, target, num_tokens, sequence):
                 assert self._prefix_model is not None
-                assert sequence.slot is not None
-                self._prefix_model.copy_prefix(source, sequence.slot, num_tokens)
+                self._prefix_model.copy_prefix(source, target, num_tokens)
                 self._note_reuse(sequence)
             case Keep(slot, num_tokens):
                 assert self._prefix_model is not None
@@ -265,8 +264,7 @@ class Runner:
             case Release(slot):
                 self._model.release(slot)
 
-    def _start(self, sequence: Sequence, *, resumes: bool) -> None:
-        assert sequence.slot is not None
+    def _start(self, sequence: Sequence, slot: int, num_resumed_tokens: int) -> None:
         self._num_dequeued += 1
         meter, usage = sequence.call.meter, sequence.attempt.usage
         if meter.started is None:
@@ -277,12 +275,12 @@ class Runner:
         looks_up = sequence.call.request.use_prefix_cache and not sequence.was_preempted
         if self._prefix_model is not None and looks_up:
             self.num_looked_up_tokens += sequence.num_prompt_tokens
-        if resumes:
+        if num_resumed_tokens:
             assert self._prefix_model is not None
-            self._prefix_model.truncate(sequence.slot, sequence.num_cached_tokens, sequence.num_tokens_reserved)
+            self._prefix_model.truncate(slot, num_resumed_tokens, sequence.num_tokens_reserved)
             self._note_reuse(sequence)
         else:
-            self._model.reserve(sequence.slot, sequence.num_tokens_reserved)
+            self._model.reserve(slot, sequence.num_tokens_reserved)
 
     def _note_reuse(self, sequence: Sequence) -> None:
         """A prompt is counted once, however many choices it has: as its first one met it when it first started."""

@@ -279,7 +279,8 @@ class Scheduler:
             assert resumed is not None
             given_up = resumed
         step.changes += [Release(slot) for slot in given_up]
-        step.changes.append(Start(sequence, resumes=taken is None))
+        num_resumed_tokens = found.num_tokens if taken is None and found is not None else 0
+        step.changes.append(Start(sequence, sequence.slot, num_resumed_tokens))
         self._by_slot[sequence.slot] = sequence
         if found is not None:
             self._begin_with(sequence, found, step)
@@ -307,7 +308,7 @@ class Scheduler:
             self._slots.put(found.slot, sequence.tenant, sequence.tokens[: found.num_tokens])
         else:
             self._slots.touch(found.slot)
-            step.changes.append(Copy(found.slot, sequence, found.num_tokens))
+            step.changes.append(Copy(found.slot, sequence.slot, found.num_tokens, sequence))
 
     def _find(self, sequence: Sequence) -> tuple[_Found | None, tuple[Sequence, int] | None]:
         """What a sequence that has nothing in the cache can begin with now; and if an earlier one is about to have

@@ -17,10 +17,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A sequence got its slot: an empty one, or if it ``resumes``, one that has its first ``num_cached_tokens``."""
+    """A sequence got a slot, which may not be its own any more when the step is run."""
 
     sequence: Sequence
-    resumes: bool = False
+    slot: int
+    num_resumed_tokens: int = 0
+    """So many of its tokens are in the slot, which was retained; 0: it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,9 @@ class Copy:
     """A sequence begins with ``num_tokens`` of another slot."""
 
     source: int
-    sequence: Sequence
+    target: int
     num_tokens: int
+    sequence: Sequence
 
 
 @dataclass(frozen=True, slots=True)
