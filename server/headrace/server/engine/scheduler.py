@@ -234,7 +234,7 @@ class Scheduler:
         changes = self._stop(sequence, retain=True)
         if sequence.num_cached_tokens:
             sequence.was_preempted = True
-        sequence.num_cached_tokens = 0
+        sequence.num_cached_tokens = sequence.num_reused_tokens = 0
         sequence.queue_until = None  # it did start
         self._queue.put_back(sequence)
         return changes
