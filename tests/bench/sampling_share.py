@@ -85,7 +85,7 @@ def _measure(model: StepModel, num_rows: int, num_rounds: int) -> dict[str, list
     states = {kind: _states(kind, sequences) for kind in _KINDS}
     for slot, tokens in enumerate(sequences):
         model.reserve(slot, _TOKENS_BEFORE + num_rounds * len(_KINDS) + 1)
-        model.step([Row(slot, 0, tokens[:-1], wants_logits=False)])
+        model.step([Row(slot, 0, tokens[:-1], num_logits=0)])
     while min(map(len, sequences)) < _TOKENS_BEFORE:
         _step(model, sequences, states[_KIND_BEFORE])
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
@@ -102,7 +102,7 @@ def _prompt(model: StepModel, number: int) -> Sequence[int]:
 
 def _step(model: StepModel, sequences: Sequence[list[int]], states: Sequence[SamplingState]) -> tuple[float, float]:
     """Appends a token to every sequence; gives the seconds of the model and of sampling."""
-    rows = [Row(slot, len(tokens) - 1, tokens[-1:], wants_logits=True) for slot, tokens in enumerate(sequences)]
+    rows = [Row(slot, len(tokens) - 1, tokens[-1:], num_logits=1) for slot, tokens in enumerate(sequences)]
     began = time.perf_counter()
     logits = model.step(rows)
     stepped = time.perf_counter()

@@ -53,19 +53,30 @@ def main() -> None:
     parser.add_argument("--streams", default="1,8,32", help="at once (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="at most, of an answer (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--draft-model", help="name of a bundle that guesses where the text does not tell")
     arguments = parser.parse_args()
-    model = OnnxBackend(OnnxOptions(threads=arguments.threads), BackendContext(arguments.models_dir)).load(
-        arguments.model
-    )
-    assert isinstance(model, StepModel)
-    machine.print_header(machine.describe() | {"model": f"{model.card.name} {model.card.quantization}"})
+    backend = OnnxBackend(OnnxOptions(threads=arguments.threads), BackendContext(arguments.models_dir))
+    model = _load(backend, arguments.model)
+    facts = {"model": f"{model.card.name} {model.card.quantization}"}
+    draft_model = _load(backend, arguments.draft_model) if arguments.draft_model else None
+    if draft_model is not None:
+        facts["draft model"] = f"{draft_model.card.name} {draft_model.card.quantization}"
+    machine.print_header(machine.describe() | facts)
     streams = [int(count) for count in arguments.streams.split(",")]
-    asyncio.run(_measure(model, streams, arguments.new_tokens, arguments.pairs))
+    asyncio.run(_measure(model, draft_model, streams, arguments.new_tokens, arguments.pairs))
 
 
-async def _measure(model: StepModel, streams: Sequence[int], new_tokens: int, num_pairs: int) -> None:
+def _load(backend: OnnxBackend, name: str) -> StepModel:
+    model = backend.load(name)
+    assert isinstance(model, StepModel)
+    return model
+
+
+async def _measure(
+    model: StepModel, draft_model: StepModel | None, streams: Sequence[int], new_tokens: int, num_pairs: int
+) -> None:
     plain = Engine(model, clock=time.monotonic, max_queued=1000, prefix_cache=False, speculation=False)
-    drafting = Engine(model, clock=time.monotonic, max_queued=1000, prefix_cache=False)
+    drafting = Engine(model, clock=time.monotonic, max_queued=1000, prefix_cache=False, draft_model=draft_model)
     print("| streams | prompts | plain, tokens/s | with drafts | ratio | drafts accepted |\n|---|---|---|---|---|---|")
     try:
         for num_streams, (kind, (prompts, temperature)) in itertools.product(streams, _KINDS.items()):

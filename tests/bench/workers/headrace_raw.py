@@ -42,6 +42,8 @@ def _load(arguments: argparse.Namespace) -> tuple[str, Measure]:
     def measure(case: Mapping[str, Any]) -> float:
         if case["kind"] == "prefill":
             return _prefill(model, case["tokens"])
+        if case["kind"] == "batch":
+            return _batch(model, case["prompts"], case["tokens"], case["steps"])
         return _decode(model, case["rows"], case["cached"], case["steps"])
 
     return description, measure
@@ -59,7 +61,7 @@ def _decode(model: PrefixModel, num_rows: int, num_cached: int, num_steps: int) 
         _run_prompt(model, slot, prompt, num_copied if slot else 0)
 
     def step(position: int) -> None:
-        model.step([Row(slot, position, [42], wants_logits=True) for slot in slots])
+        model.step([Row(slot, position, [42], num_logits=1) for slot in slots])
 
     step(num_cached)
     began = time.perf_counter()
@@ -82,6 +84,24 @@ def _prefill(model: StepModel, num_tokens: int) -> float:
     return num_tokens / seconds
 
 
+def _batch(model: StepModel, num_prompts: int, num_tokens: int, num_steps: int) -> float:
+    """Seconds for so many prompts, each followed by ``num_steps`` tokens; as many at a time as there are slots."""
+    began = time.perf_counter()
+    for first in range(0, num_prompts, model.num_slots):
+        slots = range(min(model.num_slots, num_prompts - first))
+        for slot in slots:
+            model.reserve(slot, num_tokens + num_steps)
+        at_once = max(1, model.max_chunk // num_tokens)
+        for i in range(0, len(slots), at_once):
+            some = slots[i : i + at_once]
+            model.step([Row(slot, 0, _tokens(num_tokens, first + slot), num_logits=1) for slot in some])
+        for i in range(num_steps - 1):  # the first token is chosen after the prompt
+            model.step([Row(slot, num_tokens + i, [42], num_logits=1) for slot in slots])
+        for slot in slots:
+            model.release(slot)
+    return time.perf_counter() - began
+
+
 def _run_prompt(model: StepModel, slot: int, prompt: Sequence[int], position: int = 0) -> None:
     """Runs a prompt, from ``position`` on, in the largest chunks that the contract allows."""
     size = model.max_chunk // model.chunk_alignment * model.chunk_alignment
@@ -89,12 +109,12 @@ def _run_prompt(model: StepModel, slot: int, prompt: Sequence[int], position: in
         end = min(position + size, len(prompt))
         if len(prompt) - end == 1:
             end = len(prompt) if end + 1 - position <= model.max_chunk else end - model.chunk_alignment
-        model.step([Row(slot, position, prompt[position:end], wants_logits=end == len(prompt))])
+        model.step([Row(slot, position, prompt[position:end], num_logits=int(end == len(prompt)))])
         position = end
 
 
-def _tokens(count: int) -> list[int]:
-    return random.Random(0).choices(range(1_000, 40_000), k=count)
+def _tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1_000, 40_000), k=count)
 
 
 if __name__ == "__main__":
