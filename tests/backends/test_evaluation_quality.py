@@ -48,7 +48,7 @@ class Bigrams:
         for row in rows:
             assert row.num_cached_tokens == len(self.slots[row.slot])
             self.slots[row.slot] += row.token_ids
-        return HostLogits(np.array([self.logits(self.slots[row.slot]) for row in rows if row.wants_logits]))
+        return HostLogits(np.array([self.logits(self.slots[row.slot]) for row in rows if row.num_logits]))
 
     def problem(self) -> str | None:
         return None

@@ -68,15 +68,14 @@ def feed(model: OnnxModel, slot: int, tokens: Sequence[int], cuts: Sequence[int]
     ends = [*cuts, len(tokens)]
     for start, end in zip([0, *cuts], ends, strict=True):
         last = end == len(tokens)
-        logits = model.step([Row(slot, start, tokens[start:end], wants_logits=last)])
+        logits = model.step([Row(slot, start, tokens[start:end], num_logits=int(last))])
     return logits.row(0).tobytes()
 
 
 def decode(model: OnnxModel, slot: int, position: int, tokens: Sequence[int]) -> list[bytes]:
     """Appends tokens one by one, alone."""
     return [
-        model.step([Row(slot, position + i, [token], wants_logits=True)]).row(0).tobytes()
-        for i, token in enumerate(tokens)
+        model.step([Row(slot, position + i, [token], num_logits=1)]).row(0).tobytes() for i, token in enumerate(tokens)
     ]
 
 
@@ -115,10 +114,10 @@ def test_logits_of_a_prompt_do_not_depend_on_the_prompts_in_the_same_run(model: 
     # Neighbours in the same run, far ones in a run of their own, some longer and some that end.
     for slot, others in ((0, (1, 2, 3)), (9, (0, 20, 31, 8))):
         with reserved(model, slot, *others):
-            rows = [Row(other, 0, prompt(8 + other, other), wants_logits=other % 2 == 0) for other in others]
-            model.step([*rows, Row(slot, 0, tokens[:48], wants_logits=False)])
-            rows = [Row(other, 8 + other, prompt(40 - other, other), wants_logits=True) for other in others]
-            logits = model.step([rows[0], Row(slot, 48, tokens[48:], wants_logits=True), *rows[1:]])
+            rows = [Row(other, 0, prompt(8 + other, other), num_logits=int(other % 2 == 0)) for other in others]
+            model.step([*rows, Row(slot, 0, tokens[:48], num_logits=0)])
+            rows = [Row(other, 8 + other, prompt(40 - other, other), num_logits=1) for other in others]
+            logits = model.step([rows[0], Row(slot, 48, tokens[48:], num_logits=1), *rows[1:]])
             assert logits.row(1).tobytes() == alone
 
 
@@ -135,9 +134,9 @@ def test_guesses_get_the_bits_of_tokens_that_come_one_by_one_whoever_runs_beside
             feed(model, slot, tokens[:length])
         first = model.step(
             [
-                Row(30, 33, [1, 2, 3], wants_logits=True, num_drafts=2),
-                Row(1, 40, [later[0], 11, 12, 13], wants_logits=True, num_drafts=3),
-                Row(0, 40, later, wants_logits=True, num_drafts=5),
+                Row(30, 33, [1, 2, 3], num_logits=3),
+                Row(1, 40, [later[0], 11, 12, 13], num_logits=4),
+                Row(0, 40, later, num_logits=6),
             ]
         )
         assert [first.row(i).tobytes() for i in range(7, 13)] == alone
@@ -172,13 +171,13 @@ def test_logits_of_a_decode_do_not_depend_on_the_decodes_beside_it(
     """Also: rows come back in the order they were given in, whatever their slots."""
     places = list(zip(slots, lines[-len(slots) :], strict=True))
     with reserved(model, *slots):
-        logits = model.step([Row(slot, 0, tokens, wants_logits=True) for slot, (tokens, _, _) in places])
+        logits = model.step([Row(slot, 0, tokens, num_logits=1) for slot, (tokens, _, _) in places])
         for i, (_, (_, _, bits)) in enumerate(places):
             assert logits.row(i).tobytes() == bits[0]
         for step in range(2):
             if shuffled:
                 random.Random(step).shuffle(places)
-            rows = [Row(slot, len(t) + step, [later[step]], wants_logits=True) for slot, (t, later, _) in places]
+            rows = [Row(slot, len(t) + step, [later[step]], num_logits=1) for slot, (t, later, _) in places]
             logits = model.step(rows)
             for i, (_, (_, _, bits)) in enumerate(places):
                 assert logits.row(i).tobytes() == bits[1 + step], f"row {i}, step {step}"
@@ -189,7 +188,7 @@ def test_rows_that_want_no_logits_get_none_and_the_others_keep_their_order(
 ) -> None:
     slots = [12, 2, 25, 1, 13]
     with reserved(model, *slots):
-        rows = [Row(slot, 0, lines[5 + i][0], wants_logits=i != 1) for i, slot in enumerate(slots)]
+        rows = [Row(slot, 0, lines[5 + i][0], num_logits=int(i != 1)) for i, slot in enumerate(slots)]
         logits = model.step(rows)
         assert [logits.row(i).tobytes() for i in range(4)] == [lines[5 + i][2][0] for i in (0, 2, 3, 4)]
         assert logits.greedy(range(4)).shape == (4,)
@@ -204,8 +203,8 @@ def test_a_sequence_that_stands_still_between_others_is_not_touched(
         feed(model, 6, prompt(50, 2))
         feed(model, 5, tokens)
         for i in range(2):
-            model.step([Row(4, 30 + i, [9], wants_logits=True), Row(6, 50 + i, [9], wants_logits=True)])
-        model.step([Row(4, 32, prompt(20), wants_logits=False), Row(6, 52, prompt(20), wants_logits=False)])
+            model.step([Row(4, 30 + i, [9], num_logits=1), Row(6, 50 + i, [9], num_logits=1)])
+        model.step([Row(4, 32, prompt(20), num_logits=0), Row(6, 52, prompt(20), num_logits=0)])
         assert decode(model, 5, len(tokens), later) == bits[1:]
 
 
@@ -225,7 +224,7 @@ def test_a_prompt_of_one_token_is_a_decode_like_any_other(model: OnnxModel) -> N
         alone = decode(model, 0, 0, [77, 78])
     with reserved(model, 1, 2, 3):
         feed(model, 1, prompt(40))
-        logits = model.step([Row(2, 0, [77], wants_logits=True), Row(1, 40, [5], wants_logits=True)])
+        logits = model.step([Row(2, 0, [77], num_logits=1), Row(1, 40, [5], num_logits=1)])
         assert logits.row(0).tobytes() == alone[0]
         assert decode(model, 2, 1, [78]) == alone[1:]
 
@@ -233,7 +232,7 @@ def test_a_prompt_of_one_token_is_a_decode_like_any_other(model: OnnxModel) -> N
 def test_the_model_continues_text_sensibly(model: OnnxModel) -> None:
     tokens = list(model.tokenizer.encode("The capital of France is").ids)
     with reserved(model, 0):
-        logits = model.step([Row(0, 0, tokens, wants_logits=True)])
+        logits = model.step([Row(0, 0, tokens, num_logits=1)])
         assert model.tokenizer.token_bytes(int(logits.greedy([0])[0])) == b" Paris"
 
 
@@ -241,7 +240,7 @@ def test_the_model_continues_text_sensibly(model: OnnxModel) -> None:
 
 
 def rows_at(*slots: int, length: int = 1) -> list[Row]:
-    return [Row(slot, 0, [1] * length, wants_logits=True) for slot in slots]
+    return [Row(slot, 0, [1] * length, num_logits=1) for slot in slots]
 
 
 def test_decodes_are_one_run_wherever_they_lie() -> None:
@@ -256,7 +255,7 @@ def test_a_run_is_never_padded_to_more_than_twice_its_tokens() -> None:
     dice = random.Random(1)
     for _ in range(200):
         slots = dice.sample(range(32), dice.randrange(1, 12))
-        rows = [Row(slot, 0, [1] * dice.randrange(2, 128), wants_logits=True) for slot in slots]
+        rows = [Row(slot, 0, [1] * dice.randrange(2, 128), num_logits=1) for slot in slots]
         groups = _group_neighbours(rows)
         assert sorted(i for group in groups for i in group) == list(range(len(rows)))
         assert [rows[i].slot for group in groups for i in group] == sorted(slots)

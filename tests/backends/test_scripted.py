@@ -43,7 +43,7 @@ def test_it_says_its_answer_and_then_the_end() -> None:
     tokens, said = list(b"prompt"), []
     cached = 0
     for _ in range(3):
-        logits = script.step([Row(0, cached, tokens[cached:], wants_logits=True)])
+        logits = script.step([Row(0, cached, tokens[cached:], num_logits=1)])
         cached = len(tokens)
         said.append(int(logits.greedy([0])[0]))
         tokens.append(said[-1])
@@ -87,11 +87,11 @@ def test_it_fails_for_a_prompt_with_a_zero_byte_and_not_for_a_zero_byte_it_said_
     script = model()
     script.reserve(0, 20)
     with pytest.raises(BackendError):
-        script.step([Row(0, 0, list(b"a\0"), wants_logits=True)])
+        script.step([Row(0, 0, list(b"a\0"), num_logits=1)])
     script.release(0)
     script.reserve(0, 20)
-    script.step([Row(0, 0, list(b"ab"), wants_logits=True)])
-    script.step([Row(0, 2, [0], wants_logits=True)])
+    script.step([Row(0, 0, list(b"ab"), num_logits=1)])
+    script.step([Row(0, 2, [0], num_logits=1)])
 
 
 def test_its_tokens_are_bytes() -> None:

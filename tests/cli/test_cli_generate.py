@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -93,6 +94,26 @@ def test_every_flag_sets_its_option(server: FakeServer):
     assert spec == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--json-schema", ' {"type": "object"}'], {"json_schema": ' {"type": "object"}'}),
+        (["--json-schema", "schema.json"], {"json_schema": '{"type": "array"}'}),
+        (["--json-object"], {"json_object": generation_pb2.JsonObjectFormat()}),
+        (["--regex", "a+"], {"regex": "a+"}),
+        (["--choice", "yes", "--choice", "no"], {"choice": generation_pb2.ChoiceFormat(texts=["yes", "no"])}),
+        (["--grammar", "a.lark"], {"lark_grammar": 'start: "ä"'}),
+    ],
+)
+def test_a_shape_is_asked_for_by_its_flag(server: FakeServer, tmp_path: Path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schema.json").write_text('{"type": "array"}')
+    (tmp_path / "a.lark").write_text('start: "ä"', encoding="utf-8")
+    result = run(server, "generate", "Hi", *flags)
+    assert result.exit_code == 0, result.output
+    assert server.specs[0].structured_output == generation_pb2.StructuredOutput(**expected)
+
+
 @pytest.mark.parametrize("args", [["-"], []], ids=["dash", "nothing"])
 def test_a_prompt_may_be_piped_in(server: FakeServer, args):
     run(server, "generate", "--raw", *args, stdin="two\nlines\n")
@@ -108,6 +129,9 @@ def test_a_prompt_may_be_piped_in(server: FakeServer, args):
         (["Hi", "-o", "temprature=1"], "did you mean 'temperature'?"),
         (["Hi", "-o", "strict"], "must be NAME=VALUE"),
         (["Hi", "--top-k", "-1"], "top_k"),
+        (["Hi", "--json-schema", "nowhere.json"], "--json-schema: cannot read 'nowhere.json': No such file"),
+        (["Hi", "--grammar", "nowhere.lark"], "nowhere.lark"),
+        (["Hi", "--json-object", "--regex", "a"], "the output can have one shape only"),
     ],
 )
 def test_wrong_usage_is_said_before_any_call(server: FakeServer, args, message):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 
 import pytest
 from google.protobuf.descriptor import Descriptor
+from pydantic import BaseModel
 
 from headrace.client import Infill, LatencyClass, Message, ToolCall, ToolDefinition, requests
 from headrace.client.options import CHAT_OPTIONS, OPTIONS
@@ -102,6 +104,19 @@ def test_a_json_schema_may_be_a_dict_or_text():
     as_dict = requests.spec("x", None, {"json_schema": {"type": "object"}})
     as_text = requests.spec("x", None, {"json_schema": '{"type": "object"}'})
     assert as_dict == as_text
+
+
+def test_a_json_schema_may_be_a_pydantic_model():
+    class Person(BaseModel):
+        name: str
+
+    spec = requests.spec("x", None, {"json_schema": Person})
+    assert json.loads(spec.structured_output.json_schema)["required"] == ["name"]
+
+
+def test_what_is_no_json_schema_is_refused_by_its_name():
+    with pytest.raises(TypeError, match="json_schema: cannot be 3"):
+        requests.spec("x", None, {"json_schema": 3})
 
 
 def test_enum_options_take_members_and_names():

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from headrace.client import convert, types
-from headrace.v1 import generation_pb2, models_pb2, tokenization_pb2, usage_pb2
+from headrace.v1 import generation_pb2, models_pb2, scoring_pb2, tokenization_pb2, usage_pb2
 
 MIRRORS = [
     (types.Usage, usage_pb2.Usage),
@@ -27,6 +27,9 @@ MIRRORS = [
     (types.Finish, generation_pb2.ChoiceFinish),
     (types.Choice, generation_pb2.Choice),
     (types.Completion, generation_pb2.GenerateResponse),
+    (types.ScoredToken, scoring_pb2.ScoredToken),
+    (types.Score, scoring_pb2.Score),
+    (types.Scores, scoring_pb2.ScoreResponse),
     (types.Token, tokenization_pb2.Token),
     (types.Tokenization, tokenization_pb2.TokenizeResponse),
     (types.TokenCount, tokenization_pb2.CountTokensResponse),

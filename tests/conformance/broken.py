@@ -22,7 +22,7 @@ from headrace.backends.errors import BackendError, ModelNotFound
 from headrace.backends.logits import HostLogits
 from headrace.backends.scripted import EOS, ByteTokenizer, ScriptedModelOptions, ScriptedStepModel
 from headrace.backends.testing import BackendConformance
-from headrace.backends.types import AttemptOutcome, ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.types import AttemptOutcome, ChoiceFinish, Delta, FinishReason, StreamEnd, ToolCallDelta
 from headrace.server.engine.testing import run_in_engine
 from tests.conformance.whole_call import ANSWERS, Choice, FullBackend, FullModel, NoOptions
 
@@ -70,7 +70,7 @@ class TestHealthyStep(BackendConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls):
-        return StepBackend(lambda: StepModel(seconds_per_step=0.0005, mixes=True, max_drafts=4))
+        return StepBackend(lambda: StepModel(seconds_per_step=0.0005, mixes=True, max_drafts=4, max_scores=16))
 
 
 HEALTHY = (TestHealthyCall, TestHealthyStep)
@@ -358,7 +358,7 @@ class IgnoresWhatIsWrittenToARow(StepModel):
 @caught_by("test_only_the_rows_that_want_logits_get_them", "4 rows of logits")
 class GivesLogitsToAll(StepModel):
     def step(self, rows):
-        return super().step([replace(row, wants_logits=True) for row in rows])
+        return super().step([replace(row, num_logits=1) for row in rows])
 
 
 @caught_by("test_logits_come_in_the_order_of_the_rows", "those of sequences [0, 1, 2, 3]")
@@ -391,7 +391,7 @@ class LooksAtItsNeighbours(StepModel):
 class DependsOnCuts(StepModel):
     def step(self, rows):
         logits = super().step(rows)
-        first = [row.num_cached_tokens == 0 for row in rows if row.wants_logits]
+        first = [row.num_cached_tokens == 0 for row in rows if row.num_logits]
         array_of(logits)[np.flatnonzero(first)] += np.float32(1e-5)
         return logits
 
@@ -468,6 +468,16 @@ class KeepsAWrongGuess(StepModel):
     def _run(self, row):
         wrong = len(self._slots[row.slot]) > row.num_cached_tokens
         return [logits + np.float32(1e-4 * wrong) for logits in super()._run(row)]
+
+
+@caught_by("test_a_chunk_gets_the_logits_of_as_many_tokens_as_it_wants", "as the last of one")
+class ScoresTheLastTokenAlone(StepModel):
+    def __init__(self):
+        super().__init__(max_scores=16)
+
+    def _run(self, row):
+        logits = super()._run(row)
+        return logits[-1:] * len(logits)
 
 
 @caught_by("test_decodes_and_chunks_share_a_step_if_it_says_so", "share a step")
@@ -591,6 +601,13 @@ class FinishesTwice(FullModel):
 class NeverFinishes(FullModel):
     def ends(self, choice, reason, stop, token):
         yield from ()
+
+
+@caught_by("test_a_stream_is_deltas_then_a_finish_then_one_end", "the first delta of each has its id and its name")
+class CallsNobody(FullModel):
+    def ends(self, choice, reason, stop, token):
+        yield Delta(choice.index, "", tool_calls=(ToolCallDelta(0, "call", arguments_json="{}"),))
+        yield ChoiceFinish(choice.index, reason, stop, token, choice.seed)
 
 
 class Makes(FullModel):

@@ -17,10 +17,11 @@ from google.protobuf.descriptor import Descriptor
 
 import headrace.backends.testing
 from headrace.backends.testing import BackendConformance
-from headrace.backends.testing.request_options import REQUEST_OPTIONS
+from headrace.backends.testing.request_options import REQUEST_OPTIONS, SCORING_OPTIONS
 from headrace.server.engine.engine import ENGINE_OPTIONS
 from headrace.server.rpc.options import _is_leaf
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import scoring_pb2
 from tests.conformance.broken import CASES, HEALTHY, Case
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +121,8 @@ def paths(message: Descriptor, prefix: str = "") -> set[str]:
 def test_the_kit_knows_the_fields_of_a_request() -> None:
     of_the_server = {"request_id", "idempotency_key", "model", "budget_policy", "extensions"}
     assert paths(pb.GenerationSpec.DESCRIPTOR) - of_the_server == REQUEST_OPTIONS
-    assert ENGINE_OPTIONS <= REQUEST_OPTIONS
+    assert paths(scoring_pb2.ScoreRequest.DESCRIPTOR) - of_the_server - REQUEST_OPTIONS == SCORING_OPTIONS - {"scoring"}
+    assert ENGINE_OPTIONS <= REQUEST_OPTIONS | SCORING_OPTIONS
 
 
 def test_the_fixture_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from e2e_kit import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "docs/api.md"]
+DOCUMENTS = ["README.md", "docs/api.md", "docs/scoring.md", "docs/structured-output.md"]
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -55,6 +56,19 @@ def test_shell_examples_run(server: ServerProcess, document: str) -> None:
         )
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
         assert done.stdout.strip(), shlex.join(command)
+
+
+def test_node_examples_run(server: ServerProcess) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.fail("this test runs Node examples: install Node.js 20 or newer, with npm")
+    (example,) = blocks("docs/structured-output.md", "js")
+    code = example.replace("127.0.0.1:50051", f"127.0.0.1:{server.port}")
+    command = [node, "--input-type=module", "-e", code]
+    folder = ROOT / "clients" / "node"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_make_run_and_make_test_are_targets_of_the_makefile() -> None:

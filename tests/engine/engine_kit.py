@@ -10,6 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from headrace.backends.api import StepModel
+from headrace.backends.formats import OutputFormat
 from headrace.backends.scripted import EOS, ScriptedModelOptions, ScriptedStepModel, _next_token
 from headrace.backends.types import (
     Attempt,
@@ -29,7 +30,7 @@ from headrace.backends.types import (
     TextInput,
     TokenLogprob,
 )
-from headrace.server.engine.engine import Engine
+from headrace.server.engine.engine import MAX_GRAMMAR_SECONDS, Engine
 from headrace.server.engine.sampler import SamplingState
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.stream import EventStream
@@ -61,6 +62,7 @@ async def running_engine(
     prefix_cache: bool = True,
     speculation: bool = True,
     draft_model: StepModel | None = None,
+    max_grammar_seconds: float = MAX_GRAMMAR_SECONDS,
 ) -> AsyncIterator[Engine]:
     """An engine on ``model``; when it is closed, the model checks that no slot is left in use."""
     engine = Engine(
@@ -70,6 +72,7 @@ async def running_engine(
         prefix_cache=prefix_cache,
         speculation=speculation,
         draft_model=draft_model,
+        max_grammar_seconds=max_grammar_seconds,
     )
     try:
         yield engine
@@ -91,6 +94,7 @@ def make_call(
     deadline: float | None = None,
     tenant: str = "tenant",
     use_prefix_cache: bool = True,
+    output_format: OutputFormat | None = None,
 ) -> Call:
     """A call as ``tokenize`` leaves it; tokens are bytes."""
     ids = prompt.encode() if isinstance(prompt, str) else prompt
@@ -104,6 +108,7 @@ def make_call(
         response=response or ResponseOptions(token_ids=True),
         scheduling=scheduling or Scheduling(),
         use_prefix_cache=use_prefix_cache,
+        output_format=output_format,
     )
     return Call(
         request=request,

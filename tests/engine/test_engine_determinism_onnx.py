@@ -13,14 +13,10 @@ import pytest
 from engine_kit import Answer, make_call, read, running_engine
 
 from headrace.backends.api import DeterminismClass
-from headrace.backends.onnx.build import build_bundle
-from headrace.backends.onnx.bundle import read_manifest
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.onnx.plugin import compiled_operators
-from headrace.backends.tokenizer import HuggingFaceTokenizer
 from headrace.backends.types import Call, LatencyClass, Prompt, ResponseOptions, Sampling, Scheduling, Stopping
 from headrace.server.engine.pace import Pacer
-from tests.onnx import tiny
+from tests.onnx import bundles, tiny
 
 NUM_CALLS = 24
 MOST_TOKENS = 260
@@ -29,29 +25,18 @@ MOST_TOKENS = 260
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if compiled_operators() is None:
-        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
-    folder = tmp_path_factory.mktemp("determinism")
-    source = tiny.write_gguf(folder / "tiny.gguf")
-    build_bundle(source, name="tiny", models_dir=folder, quantization="int8", progress=tiny.quietly)
-    return folder / "tiny"
+    return bundles.build(tmp_path_factory.mktemp("determinism"))
 
 
 def load(folder: Path, *, int8_cache: bool) -> OnnxModel:
     """Its cache holds three or four of the longest calls: others wait, and what is kept is given up."""
-    manifest = read_manifest(folder)
     token_bytes = tiny.LAYERS * 2 * tiny.KV_HEADS * (tiny.HEAD_SIZE + 2 if int8_cache else 2 * tiny.HEAD_SIZE)
-    return OnnxModel(
+    return bundles.load(
         folder,
-        manifest,
-        HuggingFaceTokenizer.from_bundle(folder, manifest),
-        threads=2,
-        num_slots=6,
-        num_kv_bytes=7 * MOST_TOKENS // 2 * token_bytes,
-        spinning=False,
-        operators=compiled_operators(),
-        num_spare_slots=3,
         int8_cache=int8_cache,
+        num_slots=6,
+        num_spare_slots=3,
+        num_kv_bytes=7 * MOST_TOKENS // 2 * token_bytes,
     )
 
 

@@ -15,16 +15,12 @@ from structlog.testing import capture_logs
 
 from headrace.backends.api import Logits, Row
 from headrace.backends.errors import BackendError
-from headrace.backends.onnx.build import build_bundle
-from headrace.backends.onnx.bundle import read_manifest
-from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.onnx.plugin import compiled_operators
 from headrace.backends.scripted import VOCABULARY_SIZE, ScriptedModelOptions, ScriptedStepModel
-from headrace.backends.tokenizer import HuggingFaceTokenizer
 from headrace.backends.types import Call, Prompt, ResponseOptions, Sampling, Stopping
 from headrace.server.engine.draft_model import DraftModel, check_pair
+from headrace.server.engine.pace import Pacer
 from headrace.server.engine.sequence import Sequence as Choice
-from tests.onnx import tiny
+from tests.onnx import bundles
 
 SECONDS = 0.002
 
@@ -58,6 +54,13 @@ def seen(answer: Answer) -> list[object]:
     return found
 
 
+@pytest.fixture
+def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine is doing meanwhile."""
+    monkeypatch.setattr(Pacer, "draft_price", lambda *_: 0.1)
+    monkeypatch.setattr(Pacer, "token_seconds", lambda *_: 1.0)
+
+
 def make_calls() -> list[Call]:
     samplings = [Sampling(), Sampling(temperature=2.5), Sampling(temperature=2.0, repetition_penalty=1.2)]
     return [
@@ -82,6 +85,7 @@ def guessed(calls: Sequence[Call]) -> tuple[int, int]:
     )
 
 
+@pytest.mark.usefixtures("guesses_pay")
 @pytest.mark.parametrize("wrong", [0, 1, 2, 5])
 async def test_answers_are_the_same_whatever_a_second_model_guesses(wrong: int) -> None:
     async with running_engine(target(), speculation=False) as engine:
@@ -95,6 +99,7 @@ async def test_answers_are_the_same_whatever_a_second_model_guesses(wrong: int) 
     assert rejected > 0 or wrong == 0
 
 
+@pytest.mark.usefixtures("guesses_pay")
 async def test_a_model_that_guesses_right_saves_most_of_the_steps_and_the_usage_says_so() -> None:
     model, call = target(), make_call("what comes next?", max_new_tokens=200)
     async with running_engine(model, draft_model=Drafter()) as engine:
@@ -106,6 +111,7 @@ async def test_a_model_that_guesses_right_saves_most_of_the_steps_and_the_usage_
     assert model.num_steps + accepted >= 200
 
 
+@pytest.mark.usefixtures("guesses_pay")
 async def test_calls_that_end_at_any_time_leave_nothing_in_the_second_model() -> None:
     drafter = Drafter(wrong=4)
     async with running_engine(target(), draft_model=drafter) as engine:
@@ -122,6 +128,7 @@ async def test_calls_that_end_at_any_time_leave_nothing_in_the_second_model() ->
     # Closing it says so, too.
 
 
+@pytest.mark.usefixtures("guesses_pay")
 async def test_a_small_second_model_drafts_for_as_many_as_it_has_room_for() -> None:
     drafter = Drafter(num_slots=2, num_kv_tokens=150)  # which insists that no more is asked of it
     calls = [make_call(f"call {i}", max_new_tokens=60) for i in range(8)]
@@ -133,6 +140,7 @@ async def test_a_small_second_model_drafts_for_as_many_as_it_has_room_for() -> N
         assert drafter.num_steps == before
 
 
+@pytest.mark.usefixtures("guesses_pay")
 @pytest.mark.parametrize("fails_at", [1, 2, 7])
 @pytest.mark.parametrize("method", ["step", "reserve", "release"])
 async def test_a_second_model_that_fails_guesses_no_more_and_no_call_notices(
@@ -291,34 +299,16 @@ def test_a_pair_is_one_that_checks_guesses_and_one_that_can_go_back() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if compiled_operators() is None:
-        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
-    source = tiny.write_gguf(folder / "tiny.gguf")
     for quantization in ("int8", "int4"):
-        build_bundle(source, name=quantization, models_dir=folder, quantization=quantization, progress=tiny.quietly)
+        bundles.build(folder, quantization=quantization, name=quantization)
     return folder
-
-
-def load(folder: Path, *, compiled: bool = True) -> OnnxModel:
-    manifest = read_manifest(folder)
-    return OnnxModel(
-        folder,
-        manifest,
-        HuggingFaceTokenizer.from_bundle(folder, manifest),
-        threads=2,
-        num_slots=4,
-        num_kv_bytes=2**22,
-        spinning=False,
-        operators=compiled_operators() if compiled else None,
-        num_spare_slots=2,
-    )
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled operators", "stock operators"])
 async def test_a_smaller_quantization_drafts_for_a_larger_one(
-    bundles: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    pair: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def calls() -> list[Call]:
         found = []
@@ -334,14 +324,14 @@ async def test_a_smaller_quantization_drafts_for_a_larger_one(
             found.append(call)
         return found
 
-    async with running_engine(load(bundles / "int8"), speculation=False) as engine:
+    async with running_engine(bundles.load(pair / "int8"), speculation=False) as engine:
         plain = [await read(engine, call) for call in calls()]
     drafted = calls()
     # Of a model this small nothing costs less than anything else.
-    monkeypatch.setattr("headrace.server.engine.pace.Pacer.draft_price", lambda *_: 0.01)
+    monkeypatch.setattr(Pacer, "draft_price", lambda *_: 0.01)
     monkeypatch.setattr(DraftModel, "_choose", always)
-    draft_model = check_pair(load(bundles / "int8"), load(bundles / "int4", compiled=compiled))
-    async with running_engine(load(bundles / "int8"), draft_model=draft_model) as engine:
+    draft_model = check_pair(bundles.load(pair / "int8"), bundles.load(pair / "int4", compiled=compiled))
+    async with running_engine(bundles.load(pair / "int8"), draft_model=draft_model) as engine:
         answers = await asyncio.gather(*(read(engine, call) for call in drafted))
     for got, expected in zip(answers, plain, strict=True):
         assert (got.ids(), got.logprobs(), got.finish()) == (expected.ids(), expected.logprobs(), expected.finish())
@@ -386,6 +376,7 @@ def chain(**options: object) -> Chain:
     return Chain("chain", ScriptedModelOptions(num_slots=8, seconds_per_step=SECONDS, **options))
 
 
+@pytest.mark.usefixtures("guesses_pay")
 @pytest.mark.parametrize("how", ["nothing", "the text", "a second model"])
 async def test_tokens_are_distributed_as_the_model_says_whoever_guesses(how: str) -> None:
     """Chi-square over all pairs of successive letters, of fixed seeds. What they are distributed like is exact."""

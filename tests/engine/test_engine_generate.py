@@ -208,9 +208,9 @@ async def test_a_call_that_fails_is_metered_for_what_was_made() -> None:
 async def test_speeds_are_known_once_something_ran() -> None:
     clock = Clock()
     async with running_engine(scripted(), clock=clock) as engine:
-        assert engine.runner.prefill_tokens_per_second is engine.runner.decode_tokens_per_second is None
+        assert engine.runner.speeds.prefill_tokens_per_second is engine.runner.speeds.decode_tokens_per_second is None
     async with running_engine(scripted(seconds_per_step=0.001)) as engine:
         await read(engine, make_call(b"p" * 100, max_new_tokens=20))
-        assert engine.runner.prefill_tokens_per_second is not None
-        assert engine.runner.decode_tokens_per_second is not None
-        assert 0 < engine.runner.decode_tokens_per_second < 1000 < engine.runner.prefill_tokens_per_second
+        assert engine.runner.speeds.prefill_tokens_per_second is not None
+        assert engine.runner.speeds.decode_tokens_per_second is not None
+        assert 0 < engine.runner.speeds.decode_tokens_per_second < 1000 < engine.runner.speeds.prefill_tokens_per_second

@@ -9,47 +9,23 @@ import pytest
 from engine_kit import Answer, make_call, read, running_engine, until
 
 from headrace.backends.api import DeterminismClass
-from headrace.backends.onnx.build import build_bundle
-from headrace.backends.onnx.bundle import read_manifest
 from headrace.backends.onnx.model import CHUNK_ALIGNMENT, OnnxModel
-from headrace.backends.onnx.plugin import compiled_operators
-from headrace.backends.tokenizer import HuggingFaceTokenizer
 from headrace.backends.types import Call, LatencyClass, Prompt, ResponseOptions, Sampling, Scheduling, Stopping
-from tests.onnx import tiny
+from tests.onnx import bundles
 
 NUM_NEW = 40
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prefix")
-    source = tiny.write_gguf(folder / "tiny.gguf")
-    build_bundle(source, name="tiny", models_dir=folder, quantization="int8", progress=tiny.quietly)
-    return folder / "tiny"
-
-
-def load(folder: Path, *, compiled: bool) -> OnnxModel:
-    manifest = read_manifest(folder)
-    return OnnxModel(
-        folder,
-        manifest,
-        HuggingFaceTokenizer.from_bundle(folder, manifest),
-        threads=2,
-        num_slots=4,
-        num_kv_bytes=2**22,
-        spinning=False,
-        operators=compiled_operators() if compiled else None,
-        num_spare_slots=2,
-    )
+    return bundles.build(tmp_path_factory.mktemp("prefix"))
 
 
 @pytest.fixture(params=["compiled", "stock", "stock, where bits depend on cuts"])
 def model(bundle: Path, request: pytest.FixtureRequest) -> OnnxModel:
     """Closed by the engine that runs it."""
     compiled = request.param == "compiled"
-    if compiled and compiled_operators() is None:
-        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
-    loaded = load(bundle, compiled=compiled)
+    loaded = bundles.load(bundle, compiled=compiled)
     if "cuts" in request.param:
         loaded.determinism = DeterminismClass.BEST_EFFORT
         loaded.chunk_alignment, loaded.max_chunk = 4 * CHUNK_ALIGNMENT, 4 * CHUNK_ALIGNMENT + 1
@@ -88,7 +64,7 @@ async def converse(model: OnnxModel, *, prefix_cache: bool) -> tuple[list[object
 
 async def test_every_turn_has_the_bits_that_it_has_without_a_cache(bundle: Path, model: OnnxModel) -> None:
     align, decoded = model.chunk_alignment, model.decodes_like_chunks
-    cold = load(bundle, compiled=model.mixes)
+    cold = bundles.load(bundle, compiled=model.mixes)
     cold.determinism, cold.chunk_alignment, cold.max_chunk = model.determinism, align, model.max_chunk
     expected, none = await converse(cold, prefix_cache=False)
     answers, hits = await converse(model, prefix_cache=True)
@@ -103,8 +79,6 @@ async def test_every_turn_has_the_bits_that_it_has_without_a_cache(bundle: Path,
 async def test_what_made_room_for_a_voice_goes_on_with_the_bits_that_it_has_alone(
     bundle: Path, prefix_cache: bool
 ) -> None:
-    if compiled_operators() is None:
-        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
 
     def told() -> Call:
         call = make_call(
@@ -118,7 +92,7 @@ async def test_what_made_room_for_a_voice_goes_on_with_the_bits_that_it_has_alon
         call.prompt = Prompt("", tuple(range(40, 150)))
         return call
 
-    model = load(bundle, compiled=True)
+    model = bundles.load(bundle, compiled=True)
     model.num_slots = 1
     async with running_engine(model, prefix_cache=prefix_cache) as engine:
         alone = await read(engine, told())

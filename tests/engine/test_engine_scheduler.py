@@ -293,6 +293,14 @@ def test_a_prompt_is_cut_at_the_alignment_and_never_so_that_one_token_is_left(
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     assert all(n <= longest for n in lengths)
     assert lengths == [1] if length == 1 else min(lengths) > 1
+    assert all(n % align != 1 or n <= align + 1 for n in lengths), "one token is left over of several blocks"
+
+
+def test_a_strict_models_prompt_is_run_at_once_whatever_its_length() -> None:
+    scheduler = Scheduler(Limits(1, 1000, 128, 16, recomputes_output=True))
+    scheduler.add(make_sequence(65, 1))
+    (chunk,) = scheduler.schedule(256).chunks
+    assert chunk.end == 65
 
 
 def test_a_long_prompt_does_not_hold_up_the_streams_that_run() -> None:

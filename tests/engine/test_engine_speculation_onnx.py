@@ -8,39 +8,14 @@ from pathlib import Path
 import pytest
 from engine_kit import Answer, make_call, read, running_engine
 
-from headrace.backends.onnx.build import build_bundle
-from headrace.backends.onnx.bundle import read_manifest
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.onnx.plugin import compiled_operators
-from headrace.backends.tokenizer import HuggingFaceTokenizer
 from headrace.backends.types import Call, Prompt, ResponseOptions, Sampling, Stopping
-from tests.onnx import tiny
+from tests.onnx import bundles
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("speculation")
-    source = tiny.write_gguf(folder / "tiny.gguf")
-    build_bundle(source, name="tiny", models_dir=folder, quantization="int8", progress=tiny.quietly)
-    return folder / "tiny"
-
-
-def load(folder: Path, *, compiled: bool = True, int8_cache: bool = False) -> OnnxModel:
-    if compiled and compiled_operators() is None:
-        pytest.skip("headrace-kernels is not installed, or this processor lacks AVX2")
-    manifest = read_manifest(folder)
-    return OnnxModel(
-        folder,
-        manifest,
-        HuggingFaceTokenizer.from_bundle(folder, manifest),
-        threads=2,
-        num_slots=4,
-        num_kv_bytes=2**22,
-        spinning=False,
-        operators=compiled_operators() if compiled else None,
-        num_spare_slots=2,
-        int8_cache=int8_cache,
-    )
+    return bundles.build(tmp_path_factory.mktemp("speculation"))
 
 
 def calls() -> list[Call]:
@@ -71,9 +46,9 @@ async def answer_all(model: OnnxModel, some: list[Call], *, speculation: bool) -
 
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["float16 cache", "int8 cache"])
 async def test_answers_have_the_same_bits_with_guesses_and_without(bundle: Path, int8_cache: bool) -> None:
-    plain = await answer_all(load(bundle, int8_cache=int8_cache), calls(), speculation=False)
+    plain = await answer_all(bundles.load(bundle, int8_cache=int8_cache), calls(), speculation=False)
     some = calls()
-    assert await answer_all(load(bundle, int8_cache=int8_cache), some, speculation=True) == plain
+    assert await answer_all(bundles.load(bundle, int8_cache=int8_cache), some, speculation=True) == plain
     accepted = sum(call.meter.usage().accepted_draft_tokens or 0 for call in some)
     rejected = sum(call.meter.usage().rejected_draft_tokens or 0 for call in some)
     assert accepted + rejected > 0, "nothing was guessed: this test shows nothing"
@@ -81,7 +56,7 @@ async def test_answers_have_the_same_bits_with_guesses_and_without(bundle: Path,
 
 async def test_a_model_whose_bits_depend_on_company_is_given_no_guesses(bundle: Path) -> None:
     some = calls()[:2]
-    model = load(bundle, compiled=False)
+    model = bundles.load(bundle, compiled=False)
     assert model.max_drafts == 0
     await answer_all(model, some, speculation=True)
     assert all(call.meter.usage().rejected_draft_tokens is None for call in some)

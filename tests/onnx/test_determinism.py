@@ -13,37 +13,10 @@ import pytest
 
 from headrace.backends.api import DeterminismClass, Logits, Row
 from headrace.backends.logits import HostLogits
-from headrace.backends.onnx.build import build_bundle
 from headrace.backends.onnx.bundle import MANIFEST, read_manifest
 from headrace.backends.onnx.model import CHUNK_ALIGNMENT, OnnxModel
-from headrace.backends.onnx.plugin import compiled_operators
 from headrace.backends.onnx.probe import probe
-from headrace.backends.tokenizer import HuggingFaceTokenizer
-from tests.onnx import tiny
-
-needs_operators = pytest.mark.skipif(
-    compiled_operators() is None, reason="headrace-kernels is not installed, or this processor lacks AVX2"
-)
-
-
-def build(folder: Path, quantization: str = "int8") -> Path:
-    source = tiny.write_gguf(folder / "tiny.gguf")
-    build_bundle(source, name="tiny", models_dir=folder, quantization=quantization, progress=tiny.quietly)
-    return folder / "tiny"
-
-
-def load(folder: Path, *, compiled: bool = True) -> OnnxModel:
-    manifest = read_manifest(folder)
-    return OnnxModel(
-        folder,
-        manifest,
-        HuggingFaceTokenizer.from_bundle(folder, manifest),
-        threads=2,
-        num_slots=4,
-        num_kv_bytes=2**22,
-        spinning=False,
-        operators=compiled_operators() if compiled else None,
-    )
+from tests.onnx import bundles
 
 
 def record(folder: Path, **classes: str) -> None:
@@ -54,16 +27,16 @@ def record(folder: Path, **classes: str) -> None:
     path.write_text(json.dumps(facts))
 
 
-@needs_operators
+@bundles.needs_operators
 def test_a_build_records_what_it_proved_for_every_kind_of_operators(tmp_path: Path) -> None:
-    found = read_manifest(build(tmp_path)).determinism
+    found = read_manifest(bundles.build(tmp_path)).determinism
     assert found is not None
     assert found.classes == {"stock": "BIT_EXACT", "compiled": "STRICT", "compiled_int8": "STRICT"}
     assert set(found.proven_with) == {"onnxruntime", "headrace-kernels"}
 
 
 def test_weights_without_a_graph_of_compiled_operators_are_proven_on_the_stock_ones(tmp_path: Path) -> None:
-    found = read_manifest(build(tmp_path, "fp32")).determinism
+    found = read_manifest(bundles.build(tmp_path, quantization="fp32")).determinism
     assert found is not None
     assert found.classes == {"stock": "BIT_EXACT"}
 
@@ -75,15 +48,15 @@ def test_without_a_runtime_nothing_is_proven_and_the_bundle_is_built(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for name in ("fused_session", "stock_session", "session"):
         monkeypatch.delitem(sys.modules, f"headrace.backends.onnx.{name}")
-    assert read_manifest(build(tmp_path)).determinism is None
+    assert read_manifest(bundles.build(tmp_path)).determinism is None
 
 
 def test_a_bundle_of_which_nothing_is_recorded_is_judged_where_it_is_served(tmp_path: Path) -> None:
-    folder = build(tmp_path)
+    folder = bundles.build(tmp_path)
     facts = json.loads((folder / MANIFEST).read_text())
     del facts["determinism"]
     (folder / MANIFEST).write_text(json.dumps(facts))
-    model = load(folder, compiled=False)
+    model = bundles.load(folder, compiled=False)
     assert model.determinism is DeterminismClass.BIT_EXACT
     model.close()
 
@@ -91,24 +64,24 @@ def test_a_bundle_of_which_nothing_is_recorded_is_judged_where_it_is_served(tmp_
 def test_what_did_not_hold_where_it_was_built_is_not_promised_where_it_is_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = build(tmp_path)
+    folder = bundles.build(tmp_path)
     record(folder, stock="BEST_EFFORT")
     with caplog.at_level(logging.WARNING, logger="headrace.backends.onnx"):
-        model = load(folder, compiled=False)
+        model = bundles.load(folder, compiled=False)
     assert model.determinism is DeterminismClass.BEST_EFFORT
     assert model.chunk_alignment == 4 * CHUNK_ALIGNMENT
     assert "tiny is BIT_EXACT on this processor, but was BEST_EFFORT where it was built" in caplog.text
     model.close()
 
 
-@needs_operators
+@bundles.needs_operators
 def test_what_does_not_hold_where_it_is_served_is_not_promised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = build(tmp_path)
+    folder = bundles.build(tmp_path)
     monkeypatch.setattr("headrace.backends.onnx.model.probe", lambda *_, **__: DeterminismClass.BIT_EXACT)
     with caplog.at_level(logging.WARNING, logger="headrace.backends.onnx"):
-        model = load(folder)
+        model = bundles.load(folder)
     assert model.determinism is DeterminismClass.BIT_EXACT
     assert (model.mixes, model.max_drafts, model.decodes_like_chunks) == (False, 0, False)
     assert "tiny is BIT_EXACT on this processor, but was STRICT where it was built" in caplog.text
@@ -128,16 +101,16 @@ class Noisy:
 
     def step(self, rows: Sequence[Row]) -> Logits:
         logits = self._model.step(rows)
-        count = sum(1 + row.num_drafts for row in rows)
+        count = sum(row.num_logits for row in rows)
         array = np.array([logits.row(i) for i in range(count)])
         return HostLogits(array + np.float32(1e-5) * self._noise(rows))
 
 
 def is_decode(row: Row) -> bool:
-    return len(row.token_ids) - row.num_drafts == 1
+    return len(row.token_ids) == row.num_logits
 
 
-@needs_operators
+@bundles.needs_operators
 @pytest.mark.parametrize(
     ("noise", "expected"),
     [
@@ -146,7 +119,7 @@ def is_decode(row: Row) -> bool:
         (lambda rows: len(rows) > 1, DeterminismClass.BEST_EFFORT),
         (lambda rows: rows[0].slot == 3, DeterminismClass.BEST_EFFORT),
         (lambda rows: len(rows[0].token_ids) == 1 and rows[0].num_cached_tokens < 80, DeterminismClass.BIT_EXACT),
-        (lambda rows: rows[0].num_drafts > 0, DeterminismClass.BIT_EXACT),
+        (lambda rows: rows[0].num_logits > 1, DeterminismClass.BIT_EXACT),
         (lambda rows: len({is_decode(row) for row in rows}) == 2, DeterminismClass.BIT_EXACT),
     ],
     ids=["nothing", "where it is cut", "company", "the slot", "decodes", "guesses", "decodes beside chunks"],
@@ -154,13 +127,13 @@ def is_decode(row: Row) -> bool:
 def test_the_probe_sees_what_bits_depend_on(
     tmp_path: Path, noise: Callable[[Sequence[Row]], bool], expected: DeterminismClass
 ) -> None:
-    model = load(build(tmp_path))
+    model = bundles.load(bundles.build(tmp_path))
     assert probe(Noisy(model, noise), 300, mixes=True) is expected
     model.close()
 
 
-@needs_operators
+@bundles.needs_operators
 def test_operators_that_do_not_mix_are_never_strict(tmp_path: Path) -> None:
-    model = load(build(tmp_path))
+    model = bundles.load(bundles.build(tmp_path))
     assert probe(model, 270, mixes=False) is DeterminismClass.BIT_EXACT
     model.close()

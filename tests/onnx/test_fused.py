@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -18,30 +17,12 @@ from headrace.backends.onnx import bundle
 from headrace.backends.onnx.build import build_bundle
 from headrace.backends.onnx.bundle import read_manifest
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.onnx.plugin import compiled_operators
-from headrace.backends.tokenizer import HuggingFaceTokenizer
+from tests.onnx import bundles, tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "smollm3"]
 
-pytestmark = pytest.mark.skipif(
-    compiled_operators() is None, reason="headrace-kernels is not installed, or this processor lacks AVX2"
-)
-
-
-def load(folder: Path, *, compiled: bool, int8_cache: bool = False) -> OnnxModel:
-    manifest = read_manifest(folder)
-    return OnnxModel(
-        folder,
-        manifest,
-        HuggingFaceTokenizer.from_bundle(folder, manifest),
-        threads=2,
-        num_slots=4,
-        num_kv_bytes=2**24,
-        spinning=False,
-        operators=compiled_operators() if compiled else None,
-        int8_cache=int8_cache,
-    )
+pytestmark = bundles.needs_operators
 
 
 class Case:
@@ -66,7 +47,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def model(case: Case) -> Iterator[OnnxModel]:
-    loaded = load(case.folder, compiled=True)
+    loaded = bundles.load(case.folder, compiled=True)
     yield loaded
     loaded.close()
 
@@ -74,7 +55,7 @@ def model(case: Case) -> Iterator[OnnxModel]:
 @pytest.fixture(scope="module")
 def int8_model(case: Case) -> Iterator[OnnxModel]:
     """The same bundle, with a cache of int8."""
-    loaded = load(case.folder, compiled=True, int8_cache=True)
+    loaded = bundles.load(case.folder, compiled=True, int8_cache=True)
     yield loaded
     loaded.close()
 
@@ -82,13 +63,13 @@ def int8_model(case: Case) -> Iterator[OnnxModel]:
 def every_logit(model: OnnxModel, ids: list[int], slot: int = 0) -> NDArray[np.float32]:
     """One token after another."""
     model.reserve(slot, len(ids))
-    found = [model.step([Row(slot, i, [token], wants_logits=True)]).row(0).copy() for i, token in enumerate(ids)]
+    found = [model.step([Row(slot, i, [token], num_logits=1)]).row(0).copy() for i, token in enumerate(ids)]
     model.release(slot)
     return np.array(found)
 
 
 def test_it_is_no_further_from_float32_than_the_stock_graph(case: Case, model: OnnxModel) -> None:
-    stock = load(case.folder, compiled=False)
+    stock = bundles.load(case.folder, compiled=False)
     try:
         limit = case.error(every_logit(stock, case.ids))
     finally:
@@ -121,7 +102,7 @@ def test_a_token_has_the_same_bits_however_the_sequence_is_cut_and_whatever_shar
             for taken, start in [(slot, position), *beside.items()]:
                 count = min(int(dice.choice([1, 1, 2, 7, 16, 40])), len(case.ids) - start)
                 if count:
-                    rows.append(Row(taken, start, case.ids[start : start + count], wants_logits=True))
+                    rows.append(Row(taken, start, case.ids[start : start + count], num_logits=1))
                 if taken == slot:
                     position += count
                 else:
@@ -140,7 +121,7 @@ def test_a_damaged_graph_is_a_typed_error(compiled: bool, tmp_path: Path) -> Non
     graph = folder / (bundle.FUSED if compiled else bundle.GRAPH)
     graph.write_bytes(bytes(graph.stat().st_size))
     with pytest.raises(BackendError, match="the graph of model 'tiny' cannot be loaded"):
-        load(folder, compiled=compiled)
+        bundles.load(folder, compiled=compiled)
 
 
 def test_float32_and_per_channel_bundles_have_no_such_graph_and_so_no_cache_of_int8(tmp_path: Path) -> None:
@@ -148,4 +129,4 @@ def test_float32_and_per_channel_bundles_have_no_such_graph_and_so_no_cache_of_i
         folder = Case("llama", quantization, tmp_path).folder
         assert bundle.FUSED not in read_manifest(folder).files
         with pytest.raises(BackendError, match=f"'tiny'.*a bundle of {quantization} has no graph: build it"):
-            load(folder, compiled=True, int8_cache=True)
+            bundles.load(folder, compiled=True, int8_cache=True)

@@ -94,6 +94,19 @@ def metadata() -> dict[str, Any]:
     }
 
 
+def with_tokens(metadata: dict[str, Any], tokens: tuple[str, ...], kind: int, **keys: int) -> dict[str, Any]:
+    """Metadata of a vocabulary with further tokens, and keys that say which are which, counted from the first."""
+    size = len(metadata["tokenizer.ggml.tokens"])
+    changed = metadata | {
+        "tokenizer.ggml.tokens": [*metadata["tokenizer.ggml.tokens"], *tokens],
+        "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], *[kind] * len(tokens)],
+        **{f"tokenizer.ggml.{key}_token_id": size + place for key, place in keys.items()},
+    }
+    if "tokenizer.ggml.scores" in changed:
+        changed["tokenizer.ggml.scores"] = [*changed["tokenizer.ggml.scores"], *[-1000.0] * len(tokens)]
+    return changed
+
+
 def tensors(vocabulary_size: int, *, hidden: int = HIDDEN, seed: int = 0) -> dict[str, NDArray[np.float32]]:
     """The weights of the tiny model under GGUF's names."""
     random = np.random.default_rng(seed)

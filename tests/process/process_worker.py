@@ -230,8 +230,8 @@ async def rude(request: pb.GenerateRequest, context) -> AsyncIterator[pb.Generat
             yield b"\x12\x03\x12\x01\xff"  # a delta whose text is one byte, 0xff
         case "stranger":
             yield say("c", choice_index=5)
-        case "reasoning":
-            yield say("c", reasoning_text="because")
+        case "nameless call":
+            yield say("c", tool_calls=[generation_pb2.ToolCallDelta(index=0, arguments_json="{")])
         case "shrink":
             usage.output_tokens = 0
             yield say("c")

@@ -141,7 +141,7 @@ def test_tokens_have_bytes_and_text(model: WholeCallModel) -> None:
     [
         ("utf8", "cannot be read"),
         ("stranger", "a delta of choice 5"),
-        ("reasoning", "a delta with reasoning_text"),
+        ("nameless call", "tool call 0 after 0"),
         ("shrink", "output_tokens 1 after 2"),
         ("too many", "17 output tokens, where 16 were allowed"),
         ("no reason", "a finish with reason 0"),

@@ -8,19 +8,23 @@ from typing import Any
 
 import pytest
 
+from headrace.backend.v1 import backend_pb2
 from headrace.backends.errors import BackendError
-from headrace.backends.process.messages import CARRIED_OPTIONS, to_request
+from headrace.backends.process.messages import CARRIED_OPTIONS, StreamReader, to_request
 from headrace.backends.process.tokenizer import character_spans
 from headrace.backends.types import (
     Call,
     ChatInput,
     ChatMessage,
+    Delta,
     ExpiryAction,
     GenerateRequest,
     Input,
     LatencyClass,
+    NamedTool,
     Principal,
     Prompt,
+    Reasoning,
     ResponseOptions,
     Role,
     Sampling,
@@ -29,7 +33,10 @@ from headrace.backends.types import (
     TextInput,
     TokenIdsInput,
     ToolCall,
+    ToolCallDelta,
+    ToolChoiceMode,
     ToolDefinition,
+    Usage,
 )
 from headrace.server.rpc.convert import to_request as from_caller
 from headrace.server.rpc.options import set_fields
@@ -47,6 +54,11 @@ CHAT = ChatInput(
     add_generation_prompt=False,
     template_arguments={"think": True, "depth": 3, "words": ["a", None]},
 )
+CHATS = tuple(
+    dataclasses.replace(CHAT, tool_choice=choice)
+    for choice in (NamedTool("plain"), ToolChoiceMode.NONE, ToolChoiceMode.REQUIRED)
+)
+REASONING = Reasoning(enabled=False, max_reasoning_tokens=7, include_text=False)
 EVERYTHING: dict[str, Any] = {
     "model": "m",
     "sampling": Sampling(
@@ -101,18 +113,21 @@ def read_back(made: Call, *, tokenized: bool) -> GenerateRequest:
 
 
 @pytest.mark.parametrize(
-    ("source", "tokenized"), [(TextInput("abc"), False), (CHAT, False), (TokenIdsInput((1, 2)), True)]
+    ("source", "tokenized"),
+    [(TextInput("abc"), False), *((chat, False) for chat in CHATS), (TokenIdsInput((1, 2)), True)],
 )
 def test_everything_that_can_be_asked_for_arrives(source: Input, tokenized: bool) -> None:
-    made = call(source, **EVERYTHING)
+    made = call(source, **EVERYTHING, **({"reasoning": REASONING} if isinstance(source, ChatInput) else {}))
     assert dataclasses.replace(read_back(made, tokenized=tokenized), options=frozenset()) == made.request
 
 
 def test_what_may_be_declared_is_what_arrives() -> None:
     arrived = set()
-    for source, tokenized in ((TextInput("abc"), False), (CHAT, False), (TokenIdsInput((1, 2)), True)):
+    made = [(call(TextInput("abc"), **EVERYTHING), False), (call(TokenIdsInput((1, 2)), **EVERYTHING), True)]
+    made += [(call(chat, **EVERYTHING, reasoning=REASONING), False) for chat in CHATS]
+    for one, tokenized in made:
         arrived |= set_fields(
-            to_request(call(source, **EVERYTHING), tokenized=tokenized, now=100.0).spec,
+            to_request(one, tokenized=tokenized, now=100.0).spec,
             exclude=("request_id", "model", "extensions"),
         )
     assert arrived == CARRIED_OPTIONS
@@ -155,3 +170,32 @@ def test_spans_of_bytes_are_spans_of_whole_characters() -> None:
 def test_spans_that_cannot_be_are_refused(span: tuple[int, int]) -> None:
     with pytest.raises(BackendError, match="a worker's token stands at"):
         character_spans("abc", [span])
+
+
+def test_reasoning_and_calls_of_tools_come_back_from_a_worker() -> None:
+    reader = StreamReader(call(CHATS[0]), Usage())
+    calls = [
+        generation_pb2.ToolCallDelta(index=0, id="a", name="warmth", arguments_json="{"),
+        generation_pb2.ToolCallDelta(index=0, arguments_json="}"),
+        generation_pb2.ToolCallDelta(index=1, id="b", name="plain", arguments_json="{}"),
+    ]
+    delta = generation_pb2.Delta(text="so", reasoning_text="because", tool_calls=calls)
+    read = reader.read(backend_pb2.GenerateResponse(delta=delta).SerializeToString())
+    assert read == Delta(
+        0,
+        "so",
+        reasoning_text="because",
+        tool_calls=(
+            ToolCallDelta(0, "a", "warmth", "{"),
+            ToolCallDelta(0, arguments_json="}"),
+            ToolCallDelta(1, "b", "plain", "{}"),
+        ),
+    )
+
+
+@pytest.mark.parametrize("fields", [{"index": 1, "id": "a", "name": "f"}, {"index": 0, "id": "a"}, {"index": 0}])
+def test_a_call_of_a_tool_that_has_no_beginning_breaks_the_contract(fields: dict[str, Any]) -> None:
+    delta = generation_pb2.Delta(tool_calls=[generation_pb2.ToolCallDelta(**fields)])
+    message = backend_pb2.GenerateResponse(delta=delta).SerializeToString()
+    with pytest.raises(BackendError, match="the first part of each has its id and its name"):
+        StreamReader(call(CHATS[0]), Usage()).read(message)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rpc_kit import TinyModel
 
-from headrace.backends import types
+from headrace.backends import formats, types
 from headrace.backends.api import DeterminismClass
 from headrace.backends.errors import InvalidArgument
 from headrace.server.registry import ModelState
@@ -122,6 +122,7 @@ def test_a_conversation_arrives_whole():
                 pb.ChatMessage(role=pb.ROLE_TOOL, content=[pb.ContentPart(text="")], tool_call_id="1", name="f"),
             ],
             tools=[pb.ToolDefinition(name="f", description="does f")],
+            tool_choice=pb.ToolChoice(name="f"),
             add_generation_prompt=False,
         )
     )
@@ -135,6 +136,7 @@ def test_a_conversation_arrives_whole():
             types.ChatMessage(types.Role.TOOL, "", name="f", tool_call_id="1"),
         ),
         tools=(types.ToolDefinition("f", "does f"),),
+        tool_choice=types.NamedTool("f"),
         add_generation_prompt=False,
         template_arguments={"deep": {"list": [1, 2.5, None, True, "x"]}},
     )
@@ -154,6 +156,24 @@ def user(*parts: pb.ContentPart) -> pb.ChatMessage:
 
 def chat(*messages: pb.ChatMessage, **fields) -> pb.GenerationSpec:
     return pb.GenerationSpec(chat=pb.ChatInput(messages=messages, **fields))
+
+
+F = pb.ToolDefinition(name="f")
+REQUIRED = pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED)
+
+
+@pytest.mark.parametrize("mode", types.ToolChoiceMode)
+def test_a_tool_choice_has_the_protos_modes(mode):
+    choice = pb.ToolChoice(mode=f"TOOL_CHOICE_MODE_{mode.name}")
+    assert request_of(chat(user(), tools=[F], tool_choice=choice)).input.tool_choice is mode
+
+
+def test_reasoning_options_arrive_and_are_the_models_by_default():
+    spec = chat(user())
+    assert request_of(spec).reasoning == types.Reasoning()
+    assert request_of(spec).input.tool_choice is types.ToolChoiceMode.AUTO
+    spec.reasoning.enabled, spec.reasoning.max_reasoning_tokens, spec.reasoning.include_text = False, 0, False
+    assert request_of(spec).reasoning == types.Reasoning(enabled=False, max_reasoning_tokens=0, include_text=False)
 
 
 def big_struct() -> struct_pb2.Struct:
@@ -182,6 +202,15 @@ def with_time_limit(seconds: int, nanos: int = 0) -> pb.GenerationSpec:
         (chat(*[user()] * 4097), "chat.messages"),
         (chat(user(), tools=[pb.ToolDefinition(name="no spaces")]), "chat.tools[0].name"),
         (chat(user(), tools=[pb.ToolDefinition(name="f")] * 129), "chat.tools"),
+        (chat(user(), tools=[F, F]), "chat.tools[1].name"),
+        (chat(user(), tools=[F], tool_choice=pb.ToolChoice()), "chat.tool_choice"),
+        (chat(user(), tools=[F], tool_choice=pb.ToolChoice(mode=0)), "chat.tool_choice"),
+        (chat(user(), tools=[F], tool_choice=pb.ToolChoice(mode=9)), "chat.tool_choice.mode"),
+        (chat(user(), tools=[F], tool_choice=pb.ToolChoice(name="g")), "chat.tool_choice.name"),
+        (chat(user(), tool_choice=pb.ToolChoice(name="f")), "chat.tool_choice.name"),
+        (chat(user(), tool_choice=REQUIRED), "chat.tool_choice.mode"),
+        (pb.GenerationSpec(text="hi", reasoning=pb.ReasoningOptions(enabled=True)), "reasoning"),
+        (pb.GenerationSpec(text="hi", reasoning=pb.ReasoningOptions(max_reasoning_tokens=5)), "reasoning"),
         (chat(user(), template_arguments=big_struct()), "chat.template_arguments"),
         (pb.GenerationSpec(text="hi", extensions={"onnx": big_struct()}), "extensions['onnx']"),
         (with_time_limit(-1), "stopping.time_limit"),
@@ -285,3 +314,33 @@ def test_the_prefix_cache_is_used_unless_it_is_to_be_bypassed(mode, uses):
     request = to_request(pb.GenerateRequest(spec=pb.GenerationSpec(text="x", cache=pb.CachePolicy(prefix=mode))))
     assert request.use_prefix_cache is uses
     assert request.options == {"text"} | (set() if mode is None else {"cache.prefix"})
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (pb.StructuredOutput(json_schema="{}"), formats.JsonSchemaFormat("{}")),
+        (pb.StructuredOutput(json_object=pb.JsonObjectFormat()), formats.JsonObjectFormat()),
+        (pb.StructuredOutput(regex="a+"), formats.RegexFormat("a+")),
+        (pb.StructuredOutput(choice=pb.ChoiceFormat(texts=["a", "b"])), formats.ChoiceFormat(("a", "b"))),
+        (pb.StructuredOutput(lark_grammar='start: "a"'), formats.LarkFormat('start: "a"')),
+    ],
+)
+def test_a_shape_of_the_output_arrives(output, expected):
+    assert request_of(pb.GenerationSpec(text="x", structured_output=output)).output_format == expected
+    assert request_of(pb.GenerationSpec(text="x")).output_format is None
+
+
+@pytest.mark.parametrize(
+    ("output", "field"),
+    [
+        (pb.StructuredOutput(), "structured_output"),
+        (pb.StructuredOutput(regex=""), "structured_output.regex"),
+        (pb.StructuredOutput(json_schema="x" * 70_000), "structured_output.json_schema"),
+        (pb.StructuredOutput(choice=pb.ChoiceFormat()), "structured_output.choice.texts"),
+        (pb.StructuredOutput(choice=pb.ChoiceFormat(texts=["a", ""])), "structured_output.choice.texts[1]"),
+        (pb.StructuredOutput(choice=pb.ChoiceFormat(texts=["a"] * 4097)), "structured_output.choice.texts"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_by_its_name(output, field):
+    assert refusal(pb.GenerationSpec(text="x", structured_output=output)).field == field

@@ -23,6 +23,7 @@ async def test_the_server_and_each_of_its_services_are_serving():
             assert response.status == SERVING
     assert SERVICES == (
         "headrace.v1.GenerationService",
+        "headrace.v1.ScoringService",
         "headrace.v1.TokenizationService",
         "headrace.v1.ModelService",
     )

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from headrace.backends.dialect import ChatDialect
 from headrace.backends.types import Call, ChatInput, Events
 
 API_VERSION = (1, 0)
@@ -87,6 +88,34 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable
+class ChatTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose chat template may do more than lay out text: tools and reasoning."""
+
+    dialect: ChatDialect
+
+
+@runtime_checkable
+class ContinuingTokenizer(Tokenizer, Protocol):
+    """A tokenizer for candidates that are scored as text. Those of models without come as token ids."""
+
+    def encode_continuation(self, text: str) -> Encoding:
+        """Encodes what follows other tokens: as a plain prompt, but with nothing put in front."""
+
+
+@runtime_checkable
+class InfillTokenizer(Tokenizer, Protocol):
+    """A tokenizer for models that fill a hole in a text."""
+
+    can_infill: bool
+    """Whether the vocabulary has the tokens for that."""
+
+    def encode_infill(self, prefix: str, suffix: str) -> Encoding:
+        """Lays out a text with a hole as the model was trained to read it; only where it ``can_infill``. The caller's
+        text stays text, as in ``encode``.
+        """
+
+
+@runtime_checkable
 class Model(Protocol):
     """A loaded model."""
 
@@ -115,11 +144,10 @@ class Row:
     slot: int
     num_cached_tokens: int
     token_ids: Sequence[int]
-    wants_logits: bool
-    """Whether to compute the logits after its last token."""
-    num_drafts: int = 0
-    """How many of its last tokens are guesses. If there are any, the row wants logits after each of its last
-    ``num_drafts + 1`` tokens. What turns out wrong is written over: the next row of the slot then begins earlier."""
+    num_logits: int
+    """Logits are wanted after each of its last so many tokens: 0, 1 or more. More than one only of a model with
+    ``max_drafts`` or ``max_scores``. Tokens behind the first of them may be guesses, and what turns out wrong is
+    written over: the next row of the slot then begins earlier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +189,7 @@ class DrawOptions:
 
 
 class Logits(Protocol):
-    """The logits of one step: for each ``Row`` that wanted them as many rows as it wanted, in order. Valid until the
+    """The logits of one step: for each ``Row`` its ``num_logits``, in order. Valid until the
     model's next step.
     """
 
@@ -193,8 +221,11 @@ class StepModel(Model, Protocol):
 
     - ``mixes``: true if decodes and chunks may share a step without changing a bit of either (of its output, where it
       is BIT_EXACT).
-    - ``max_drafts``: how many guesses the decodes of a step may carry in all. Logits must then be what they are where
-      the same tokens come one by one.
+    - ``max_drafts``: how many guesses the decodes of a step may carry in all: a decode with some has that many tokens
+      more, and wants logits after each of them. They must be what they are where the same tokens come one by one.
+    - ``max_scores``: how many rows of logits the chunks of a step may want in all, beside one each; of no use below
+      ``chunk_alignment``. Texts are scored in chunks then, and the logits of a BIT_EXACT model do not depend on how
+      many a row wants; without it, tokens are scored one by one, as decodes.
     - ``rewinds``: true if any row may begin before the end of its slot, and what lay there is written over. Such a
       model may draft for another of the same tokenizer.
     - ``needed_for_strict``: what it would take to be STRICT, for callers who ask for that.

@@ -17,13 +17,15 @@ from itertools import pairwise
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from headrace.backends.dialect import ChatDialect, Mark, read_dialect
 from headrace.backends.errors import InvalidArgument
-from headrace.backends.types import ChatInput, ChatMessage, ToolDefinition
+from headrace.backends.types import ChatInput, ChatMessage, ToolChoiceMode, ToolDefinition
 
 _GUARDS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 """Noncharacters: Unicode keeps them for uses like this one, so they are hardly ever in a text."""
@@ -75,10 +77,16 @@ class ChatTemplate:
         self._longest = max(map(len, self._marks), default=0)
         self._source = source
         self._variables = variables
+        environment = _environment(now)
         try:
-            self._template = _environment(now).from_string(source)
+            self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as exc:
             raise ValueError(f"chat template, line {exc.lineno}: {exc.message}") from exc
+        self._reads = jinja2.meta.find_undeclared_variables(environment.parse(source))
+
+    def dialect(self, mark: Callable[[str], Mark]) -> ChatDialect:
+        """What it can do beside laying out text; ``mark`` gives the mark of a text."""
+        return read_dialect(self._source, self._reads, mark)
 
     def render(self, chat: ChatInput) -> list[Piece]:
         """Lays a conversation out. Raises InvalidArgument if it cannot be."""
@@ -109,9 +117,11 @@ class ChatTemplate:
 
     def _context(self, chat: ChatInput) -> dict[str, Any]:
         """The template's variables; the caller's strings are ``_Given``."""
+        tools = [_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)]
         context: dict[str, Any] = {
             "messages": [_message(f"chat.messages[{i}]", message) for i, message in enumerate(chat.messages)],
-            "tools": [_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)] or None,
+            # What may not be called is not shown.
+            "tools": None if chat.tool_choice is ToolChoiceMode.NONE else tools or None,
             "add_generation_prompt": chat.add_generation_prompt,
             **self._variables,
         }

@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import ClassVar
 
 import numpy as np
@@ -37,6 +38,8 @@ from headrace.backends.api import (
     Tokenizer,
     WholeCallModel,
 )
+from headrace.backends.chat_template import ChatTemplate
+from headrace.backends.dialect import PLAIN, Mark
 from headrace.backends.errors import BackendError, ModelNotFound
 from headrace.backends.hookspecs import hookimpl
 from headrace.backends.logits import HostLogits
@@ -56,6 +59,14 @@ EOS = 256
 VOCABULARY_SIZE = 257
 _FAILS = b"\x00"
 """A prompt with this byte makes the model fail, so that failing can be tested."""
+_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: "
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 _NEVER = -1e4
 """A logit that no draw finds."""
 
@@ -76,6 +87,10 @@ class ScriptedModelOptions(BaseModel):
     """Which contract it follows."""
     answer: str | None = None
     """What every prompt gets; by default letters that depend on all tokens before them."""
+    answers: dict[str, str] = Field(default_factory=dict)
+    """What prompts get that hold a text, by that text; the last of several. Of kind step."""
+    calls_tools: bool = False
+    """Whether conversations have tools and reasoning, with the marks of Hermes and Qwen, of kind step."""
     context_length: int = Field(4096, ge=2)
     """Tokens of prompt and output together."""
     seconds_per_step: float = Field(0.0, ge=0)
@@ -90,6 +105,8 @@ class ScriptedModelOptions(BaseModel):
     """Whether decodes and chunks may share a step, of kind step."""
     max_drafts: int = Field(0, ge=0)
     """Guesses that a step may carry, of kind step."""
+    max_scores: int = Field(0, ge=0)
+    """Rows of logits that the chunks of a step may want beside one each, of kind step."""
     rewinds: bool = False
     """Whether it may draft for another, of kind step."""
 
@@ -108,13 +125,25 @@ class ByteTokenizer:
     vocabulary_size = VOCABULARY_SIZE
     eos_token_ids = frozenset({EOS})
 
+    def __init__(self, *, calls_tools: bool = False) -> None:
+        self._template: ChatTemplate | None = None
+        self.dialect = PLAIN
+        if calls_tools:
+            self._template = ChatTemplate(_TEMPLATE, special_tokens=(), variables={}, now=lambda: datetime.now(UTC))
+            self.dialect = self._template.dialect(lambda text: Mark(text, tuple(text.encode())))
+
     def encode(self, text: str) -> Encoding:
         spans = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
         return Encoding(text, tuple(text.encode()), tuple(spans))
 
     def encode_chat(self, chat: ChatInput) -> Encoding:
+        if self._template is not None:
+            return self.encode("".join(piece.text for piece in self._template.render(chat)))
         text = "".join(f"{message.role}: {message.text}\n" for message in chat.messages)
         return self.encode(text + ("assistant: " if chat.add_generation_prompt else ""))
+
+    def encode_continuation(self, text: str) -> Encoding:
+        return self.encode(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id == EOS else bytes([token_id])
@@ -147,21 +176,24 @@ class ScriptedStepModel:
     def __init__(self, name: str, options: ScriptedModelOptions) -> None:
         self.card = _card(name, options)
         # An answer goes on by how many tokens came one by one.
-        self.determinism = DeterminismClass.STRICT if options.answer is None else DeterminismClass.BIT_EXACT
-        self.tokenizer: Tokenizer = ByteTokenizer()
+        self.determinism = (
+            DeterminismClass.STRICT if options.answer is None and not options.answers else DeterminismClass.BIT_EXACT
+        )
+        self.tokenizer: Tokenizer = ByteTokenizer(calls_tools=options.calls_tools)
         self.num_slots = options.num_slots
         self.num_spare_slots = options.num_spare_slots
         self.num_kv_tokens = options.num_kv_tokens
         self.mixes = options.mixes
         self.max_drafts = options.max_drafts
+        self.max_scores = options.max_scores
         self.rewinds = options.rewinds
         self.num_steps = 0
         self._options = options
         self._slots: dict[int, list[int]] = {}
         self._reserved: dict[int, int] = {}
         self._prompt_lengths: dict[int, int] = {}
-        self._num_drafts: dict[int, int] = {}
-        """At the end of each slot: what of them was right is known by the next row."""
+        self._num_guesses: dict[int, int] = {}
+        """At the end of each slot, at most: what of them was right is known by the next row."""
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -176,7 +208,7 @@ class ScriptedStepModel:
     def release(self, slot: int) -> None:
         del self._slots[slot], self._reserved[slot]
         self._prompt_lengths.pop(slot, None)
-        self._num_drafts.pop(slot, None)
+        self._num_guesses.pop(slot, None)
 
     def truncate(self, slot: int, num_cached_tokens: int, num_tokens: int) -> None:
         assert num_cached_tokens % self.chunk_alignment == 0, "a slot is cut in a wrong place"
@@ -184,7 +216,7 @@ class ScriptedStepModel:
         del self._slots[slot][num_cached_tokens:]
         self._reserved[slot] = num_tokens
         self._prompt_lengths.pop(slot, None)
-        self._num_drafts.pop(slot, None)
+        self._num_guesses.pop(slot, None)
         self._check_reserved()
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
@@ -197,9 +229,11 @@ class ScriptedStepModel:
     def step(self, rows: Sequence[Row]) -> Logits:
         assert len({row.slot for row in rows}) == len(rows) > 0, "rows share a slot"
         assert len(rows) <= self.num_slots, "more sequences run than the model has room for"
-        kinds = {len(row.token_ids) - row.num_drafts == 1 for row in rows}
-        assert self.mixes or len(kinds) == 1, "decodes and chunks share a run"
-        assert sum(row.num_drafts for row in rows) <= self.max_drafts, "there are more guesses than may be"
+        # A row that wants the logits of several tokens may be either.
+        kinds = {len(row.token_ids) == 1 for row in rows if row.num_logits < 2}
+        assert self.mixes or len(kinds) <= 1, "decodes and chunks share a run"
+        most = max(self.max_drafts, self.max_scores)
+        assert sum(max(0, row.num_logits - 1) for row in rows) <= most, "more logits are wanted than may be"
         self.num_steps += 1
         time.sleep(self._options.seconds_per_step)
         logits = [logits for row in rows for logits in self._run(row)]
@@ -218,19 +252,20 @@ class ScriptedStepModel:
         """Appends a row's tokens; the logits that it wants."""
         tokens = self._slots[row.slot]
         num_wrong = len(tokens) - row.num_cached_tokens
-        most_wrong = len(tokens) if self.rewinds else self._num_drafts.get(row.slot, 0)
+        most_wrong = len(tokens) if self.rewinds else self._num_guesses.get(row.slot, 0)
         assert 0 <= num_wrong <= most_wrong, "tokens are missing or given twice"
         del tokens[row.num_cached_tokens :]
-        self._num_drafts[row.slot] = row.num_drafts
+        self._num_guesses[row.slot] = max(0, row.num_logits - 1)
         assert len(row.token_ids) <= self.max_chunk, "a chunk is too long"
         end = len(tokens) + len(row.token_ids)
         assert end <= self._reserved[row.slot], "a sequence outgrows its reservation"
-        assert row.wants_logits or end % self.chunk_alignment == 0, "a prompt is cut in a wrong place"
-        num_known = len(row.token_ids) - row.num_drafts
+        assert row.num_logits or end % self.chunk_alignment == 0, "a prompt is cut in a wrong place"
+        assert 0 <= row.num_logits <= len(row.token_ids), "more logits are wanted than there are tokens"
+        num_known = len(row.token_ids) - max(0, row.num_logits - 1)
         tokens += row.token_ids[:num_known]
         if row.slot not in self._prompt_lengths and ord(_FAILS) in row.token_ids:
             raise BackendError("the prompt holds the byte that makes this model fail")
-        if not row.wants_logits:
+        if not row.num_logits:
             return []
         logits = [self._logits(row.slot)]
         for guess in row.token_ids[num_known:]:
@@ -244,8 +279,15 @@ class ScriptedStepModel:
         length = self._prompt_lengths.setdefault(slot, len(tokens))
         logits = np.random.default_rng(_hash(tokens)).normal(size=VOCABULARY_SIZE).astype(np.float32)
         logits[ord(_FAILS)] = _NEVER  # its own output may be a prompt to it later
-        logits[_next_token(tokens, tokens[length:], self._options.answer)] = 10.0
+        logits[_next_token(tokens, tokens[length:], self._answer_to(tokens[:length]))] = 10.0
         return logits
+
+    def _answer_to(self, prompt: Sequence[int]) -> str | None:
+        answer = self._options.answer
+        text = self.tokenizer.decode(prompt) if self._options.answers else ""
+        for key, other in self._options.answers.items():
+            answer = other if key in text else answer
+        return answer
 
 
 class ScriptedCallModel:

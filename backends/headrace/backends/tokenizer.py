@@ -16,6 +16,7 @@ import tokenizers
 
 from headrace.backends.api import Encoding
 from headrace.backends.chat_template import ChatTemplate
+from headrace.backends.dialect import PLAIN, Mark
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.types import ChatInput
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _SPACE = "▁"
 """SentencePiece's mark of a space."""
+_LEAD = "\x01"
+"""Stands where a text would begin: it takes the space that SentencePiece puts in front, and merges with nothing."""
 
 
 class HuggingFaceTokenizer:
@@ -41,11 +44,12 @@ class HuggingFaceTokenizer:
         eos_token_ids: Sequence[int] = (),
         bos_token_id: int | None = None,
         add_bos_token: bool = False,
+        infill_token_ids: tuple[int, int, int] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """``model`` and ``backend`` are for messages; the first of ``eos_token_ids`` is the one that chat templates
-        call ``eos_token``; ``now`` is for templates that give the date. Raises ValueError if a text is no tokenizer or
-        no template.
+        call ``eos_token``; ``infill_token_ids`` come before the prefix, the suffix and what fills the hole; ``now`` is
+        for templates that give the date. Raises ValueError if a text is no tokenizer or no template.
         """
         description = json.loads(tokenizer_json)
         try:
@@ -64,8 +68,11 @@ class HuggingFaceTokenizer:
         self.vocabulary_size = len(self._bytes)
         self.eos_token_ids = frozenset(eos_token_ids)
         self._bos_token_id = bos_token_id if add_bos_token else None
+        self._infill_token_ids = infill_token_ids
+        self.can_infill = infill_token_ids is not None
         self._model, self._backend = model, backend
         self._template: ChatTemplate | None = None
+        self.dialect = PLAIN
         if chat_template is not None:
             named = {"bos_token": bos_token_id, "eos_token": next(iter(eos_token_ids), None)}
             self._template = ChatTemplate(
@@ -74,6 +81,7 @@ class HuggingFaceTokenizer:
                 variables={name: self._special.get(i, "") for name, i in named.items() if i is not None},
                 now=now,
             )
+            self.dialect = self._template.dialect(self._mark)
 
     @classmethod
     def from_bundle(cls, folder: Path, manifest: Manifest, *, backend: str = "onnx") -> HuggingFaceTokenizer:
@@ -87,6 +95,7 @@ class HuggingFaceTokenizer:
             eos_token_ids=manifest.eos_token_ids,
             bos_token_id=manifest.bos_token_id,
             add_bos_token=manifest.add_bos_token,
+            infill_token_ids=manifest.infill_token_ids,
         )
 
     def encode(self, text: str) -> Encoding:
@@ -114,6 +123,29 @@ class HuggingFaceTokenizer:
             start += len(piece.text)
         return Encoding("".join(piece.text for piece in pieces), tuple(ids), tuple(spans))
 
+    def encode_continuation(self, text: str) -> Encoding:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        self._append_continuation(text, 0, ids, spans)
+        return Encoding(text, tuple(ids), tuple(spans))
+
+    def encode_infill(self, prefix: str, suffix: str) -> Encoding:
+        """The prefix, the suffix, then what fills the hole between them (Bavarian et al. 2022, arXiv 2207.14255)."""
+        if self._infill_token_ids is None:
+            raise RuntimeError("a text with a hole came to a tokenizer that cannot lay it out. This is a bug")
+        ids = [] if self._bos_token_id is None else [self._bos_token_id]
+        spans = [(0, 0)] * len(ids)
+        text = ""
+        parts = ((prefix, self._append_plain), (suffix, self._append_continuation), ("", self._append_continuation))
+        for mark_id, (part, append) in zip(self._infill_token_ids, parts, strict=True):
+            mark = self._special[mark_id]
+            ids.append(mark_id)
+            spans.append((len(text), len(text) + len(mark)))
+            text += mark
+            append(part, len(text), ids, spans)
+            text += part
+        return Encoding(text, tuple(ids), tuple(spans))
+
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
 
@@ -128,6 +160,13 @@ class HuggingFaceTokenizer:
         if self._drops_leading_space:
             data = data.removeprefix(b" ")
         return data.decode(errors="replace")
+
+    def _mark(self, text: str) -> Mark:
+        if text in self._special_ids:
+            return Mark(text, (self._special_ids[text],), is_control=True)
+        token_id = self._tokenizer.token_to_id(text)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids if token_id is None else [token_id]
+        return Mark(text, tuple(ids))
 
     def _append_plain(self, text: str, offset: int, ids: list[int], spans: list[tuple[int, int]]) -> None:
         cuts = [0, len(text)]
@@ -144,6 +183,16 @@ class HuggingFaceTokenizer:
             shift = offset + start
             # A long prompt is one piece: not shifting it halves the time that other threads wait for this one.
             spans += [(shift + a, shift + b) for a, b in encoding.offsets] if shift else encoding.offsets
+
+    def _append_continuation(self, text: str, offset: int, ids: list[int], spans: list[tuple[int, int]]) -> None:
+        """As ``_append_plain``, without the space that SentencePiece puts in front."""
+        lead = _LEAD if self._drops_leading_space else ""
+        num_lead_ids = len(self._tokenizer.encode(lead, add_special_tokens=False).ids)
+        behind_ids: list[int] = []
+        behind_spans: list[tuple[int, int]] = []
+        self._append_plain(lead + text, offset - len(lead), behind_ids, behind_spans)
+        ids += behind_ids[num_lead_ids:]
+        spans += behind_spans[num_lead_ids:]
 
     def _cuts_of_special(self, text: str, encodings: Sequence[tuple[int, Any]]) -> Iterator[int]:
         """Where to cut a text to be rid of special tokens that its own characters make: there are vocabularies that

@@ -3,8 +3,9 @@
 Everything else is a function over these types. ``Handler`` carries the design: a backend is one, each middleware takes
 one and is one, and the gRPC layer turns its events into messages.
 
-A stream is any number of ``Delta``, one ``ChoiceFinish`` per choice, then one ``StreamEnd``; or an exception. What was
-used does not travel in events, since exceptions and cancels lose them: ``Call.meter`` is written as it happens.
+A stream is any number of ``Delta``, one ``ChoiceFinish`` per choice, then one ``StreamEnd``; or an exception. One that
+scores is a ``Scored`` per text, then one ``StreamEnd``. What was used does not travel in events, since exceptions and
+cancels lose them: ``Call.meter`` is written as it happens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from headrace.backends.errors import InvalidArgument
+from headrace.backends.formats import OutputFormat
 
 if TYPE_CHECKING:
     from headrace.backends.api import Model
@@ -66,6 +68,24 @@ class ToolDefinition:
     parameters_json_schema: str | None = None
 
 
+class ToolChoiceMode(enum.Enum):
+    """Whether the model calls tools; the names are those of the proto's ToolChoiceMode."""
+
+    AUTO = 1
+    NONE = 2
+    REQUIRED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTool:
+    """The model must call this tool."""
+
+    name: str
+
+
+ToolChoice = ToolChoiceMode | NamedTool
+
+
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     """One turn of a conversation."""
@@ -84,12 +104,27 @@ class ChatInput:
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[ToolDefinition, ...] = ()
+    tool_choice: ToolChoice = ToolChoiceMode.AUTO
     add_generation_prompt: bool = True
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.messages:
             raise InvalidArgument("chat.messages", "must have at least one message")
+        names = [tool.name for tool in self.tools]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise InvalidArgument(f"chat.tools[{i}].name", f"must be another than those before, got {name!r} again")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            there_is = ", ".join(map(repr, names)) or "none"
+            problem = f"must be the name of one of chat.tools ({there_is}), got {self.tool_choice.name!r}"
+            raise InvalidArgument("chat.tool_choice.name", problem)
+        if self.tool_choice is ToolChoiceMode.REQUIRED and not names:
+            raise InvalidArgument("chat.tool_choice.mode", "must not be required without chat.tools")
+
+    @property
+    def may_call_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice is not ToolChoiceMode.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +217,36 @@ class ResponseOptions:
             _check_range("response.usage_interval", self.usage_interval, 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reasoning:
+    """How a model that reasons does so; the fields are those of the proto's ReasoningOptions."""
+
+    enabled: bool | None = None
+    """``None``: as the model's template has it."""
+    max_reasoning_tokens: int | None = None
+    include_text: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_reasoning_tokens is not None:
+            _check_range("reasoning.max_reasoning_tokens", self.max_reasoning_tokens, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """What to score: the ``candidates``, each after the request's input; without any the input itself."""
+
+    candidates: tuple[TextInput | TokenIdsInput, ...] = ()
+    tokens: bool = False
+    """Whether each token's log-probability is wanted, and those of ``top_logprobs`` others in its place."""
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("candidates", len(self.candidates), MAX_CANDIDATES)
+        _check_range("response.top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.top_logprobs and not self.tokens:
+            raise InvalidArgument("response.top_logprobs", "needs response.tokens")
+
+
 class LatencyClass(enum.IntEnum):
     """Kinds of use, by how soon the first token is wanted; the most urgent first."""
 
@@ -215,7 +280,8 @@ class Scheduling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One generation as the caller asked for it, checked as far as it can be without knowing the model.
+    """One generation, or with ``scoring`` one scoring instead, as the caller asked for it, checked as far as it can be
+    without knowing the model.
 
     ``options`` holds the path of every field that the caller set, such as ``"sampling.top_k"``: what a model does not
     declare in ``Capabilities.options`` is refused by that name.
@@ -226,6 +292,9 @@ class GenerateRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     n: int = 1
+    output_format: OutputFormat | None = None
+    reasoning: Reasoning = field(default_factory=Reasoning)
+    scoring: Scoring | None = None
     response: ResponseOptions = field(default_factory=ResponseOptions)
     scheduling: Scheduling = field(default_factory=Scheduling)
     seed: int | None = None
@@ -238,9 +307,22 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, MAX_CHOICES)
+        if self.output_format is not None:
+            problem = "cannot go with structured_output, whose shape says where an answer ends"
+            if self.stopping.ignore_eos:
+                raise InvalidArgument("stopping.ignore_eos", problem)
+            if self.stopping.min_new_tokens:
+                raise InvalidArgument("stopping.min_new_tokens", problem)
+        chat = self.input if isinstance(self.input, ChatInput) else None
+        if self.output_format is not None and chat is not None and chat.may_call_tools:
+            problem = "cannot go with tools, whose calls have a shape of their own, unless chat.tool_choice is none"
+            raise InvalidArgument("structured_output", problem)
+        if self.reasoning != Reasoning() and chat is None:
+            raise InvalidArgument("reasoning", "needs a conversation (chat)")
 
 
 MAX_CHOICES = 16
+MAX_CANDIDATES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_BYTES = 256
@@ -294,16 +376,30 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of one call of a tool. ``id`` and ``name`` come in its first delta, and only there."""
+
+    index: int
+    """Of the call among the choice's, from 0."""
+    id: str | None = None
+    name: str | None = None
+    arguments_json: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More output of one choice: text in whole characters, and the tokens generated since the last delta.
 
-    The text of a token can lie in a later delta, while a character or a possible stop sequence is incomplete.
+    The text of a token can lie in a later delta, while a character or a possible stop sequence is incomplete. What a
+    model marks as reasoning, or as a call of a tool, is in no ``text``.
     """
 
     choice: int
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning_text: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class FinishReason(enum.Enum):
@@ -336,7 +432,31 @@ class StreamEnd:
     """Everything is complete. Always the last event of a stream that does not raise."""
 
 
-Event = Delta | ChoiceFinish | StreamEnd
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a scored text. ``logprob`` is natural; ``None`` for the first token of all, which nothing predicts."""
+
+    token_id: int
+    token: bytes
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One text is scored."""
+
+    choice: int
+    """Of the candidates, from 0."""
+    logprob: float
+    """Natural, of all its tokens that have one."""
+    num_tokens: int
+    """That have one."""
+    tokens: tuple[ScoredToken, ...] = ()
+    """All, if ``Scoring.tokens``."""
+
+
+Event = Delta | ChoiceFinish | Scored | StreamEnd
 
 
 # --- what was used -------------------------------------------------------------------------------------------------
@@ -399,6 +519,8 @@ class Meter:
     attempts: list[Attempt] = field(default_factory=list)
     started: float | None = None
     first_token: float | None = None
+    first_answer_token: float | None = None
+    """When the first of the answer came: text or a call of a tool, and no reasoning."""
     last_token: float | None = None
     cost: Cost | None = None
     """``None`` where nobody has a price for the model; set when the call is over."""
@@ -477,9 +599,17 @@ class Call:
     """Set by ``resolve``: the request's, in the shapes that the model declares."""
     prompt: Prompt | None = None
     """Set by ``tokenize``."""
+    candidates: tuple[tuple[int, ...], ...] = ()
+    """Set by ``tokenize`` for a scoring: the tokens of each candidate, which follow those of the prompt."""
     max_new_tokens: int = 0
-    """Set by ``tokenize``: the request's, or the default, within what the context leaves."""
+    """Set by ``tokenize``: the request's, or the default, within what the context leaves; 0 for a scoring."""
     meter: Meter = field(default_factory=Meter)
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all candidates."""
+        assert self.prompt is not None
+        return len(self.prompt.token_ids) + sum(map(len, self.candidates))
 
 
 Events = AsyncGenerator[Event, None]

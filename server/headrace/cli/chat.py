@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
+from headrace.cli.answer import AnswerWriter
 from headrace.cli.connection import Connection, connect, connection_options, describe
 from headrace.cli.errors import CliError
 from headrace.cli.generation_options import generation_options, spec_of
 from headrace.cli.interrupt import ctrl_c_cancels
-from headrace.cli.output import summary, write_note, write_text
+from headrace.cli.output import summary, write_note
 from headrace.client import Client, Finish, HeadraceError, Message, TextDelta
 
 HELP = "/reset starts over · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
@@ -75,7 +76,7 @@ class Conversation:
         except KeyboardInterrupt:
             click.echo()
             write_note("stopped")
-        if answer:
+        if any(answer):
             self.messages.append(Message("assistant", "".join(answer)))
         else:
             self.messages.pop()
@@ -83,15 +84,16 @@ class Conversation:
     def _answer(self, answer: list[str]) -> None:
         """Writes an answer, and appends its pieces before they are seen: what was seen can be stopped."""
         finishes: list[Finish] = []
+        writer = AnswerWriter()
         spec = spec_of(self.messages, self.options)
         with self.client.stream(spec=spec, timeout=self.connection.timeout) as events, ctrl_c_cancels(events):
             for event in events:
-                if isinstance(event, TextDelta) and event.choice_index == 0 and event.text:
+                if isinstance(event, TextDelta) and event.choice_index == 0:
                     answer.append(event.text)
-                    write_text(event.text)
+                    writer.write(event)
                 elif isinstance(event, Finish):
                     finishes.append(event)
-        click.echo()
+        writer.end()
         if events.report is not None:
             write_note(summary(events.report, finishes))
 

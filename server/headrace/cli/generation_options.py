@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -34,6 +35,23 @@ _FLAGS: Final = (
     click.option("--min-new-tokens", type=int, metavar="N", help="Least tokens to generate."),
     click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's end of sequence."),
     click.option("--time-limit", type=float, metavar="SECONDS", help="End with what there is by then."),
+    click.option(
+        "--json-schema",
+        metavar="FILE|TEXT",
+        callback=lambda _context, _parameter, value: _file_or_text("--json-schema", value),
+        help="Answer with JSON that is valid under this schema.",
+    ),
+    click.option("--json-object", is_flag=True, default=None, help="Answer with any JSON object."),
+    click.option("--regex", metavar="REGEX", help="Answer with a text that matches as a whole."),
+    click.option("--choice", multiple=True, metavar="TEXT", help="Answer with one of these texts. Repeatable."),
+    click.option(
+        "--grammar",
+        "lark_grammar",
+        metavar="FILE",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        callback=lambda _context, _parameter, file: None if file is None else _read("--grammar", file),
+        help="Answer with a text of this grammar, in Lark's notation.",
+    ),
     click.option("--seed", type=int, metavar="N", help="Repeat a sampled answer."),
     click.option(
         "--latency-class",
@@ -75,6 +93,19 @@ def spec_of(prompt: Prompt, options: Mapping[str, Any]) -> generation_pb2.Genera
         return requests.spec(prompt, None, options)
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
+
+
+def _file_or_text(flag: str, value: str | None) -> str | None:
+    """A schema begins with a brace; the name of a file with one can be given as ./{."""
+    return value if value is None or value.lstrip().startswith("{") else _read(flag, Path(value))
+
+
+def _read(flag: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise click.UsageError(f"{flag}: cannot read {str(file)!r}: {reason}") from error
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -19,6 +19,7 @@ COMMANDS = (
     LazyCommand("serve", "headrace.cli.serve:serve", "Serve models over gRPC.", ("serve",)),
     LazyCommand("generate", "headrace.cli.generate:generate", "Generate text from a prompt."),
     LazyCommand("chat", "headrace.cli.chat:chat", "Talk with a model."),
+    LazyCommand("score", "headrace.cli.score:score", "Show how likely texts are."),
     LazyCommand("tokenize", "headrace.cli.tokenize:tokenize", "Show the tokens of a text, or count them."),
     LazyCommand("bench", "headrace.cli.bench.command:bench", "Put load on a server and measure it."),
     LazyCommand("models", "headrace.cli.models:models", "List, show and build models."),

@@ -29,7 +29,12 @@ _EVENT_NAMES: Final = {
 
 def write_text(text: str) -> None:
     """Writes a piece of a model's text, at once."""
-    click.echo(text.translate(_CONTROL) if sys.stdout.isatty() else text, nl=False)
+    click.echo(as_seen(text) if sys.stdout.isatty() else text, nl=False)
+
+
+def as_seen(text: str) -> str:
+    """A model's text for a terminal."""
+    return text.translate(_CONTROL)
 
 
 def write_json(value: Any) -> None:
@@ -55,6 +60,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
     return value
+
+
+def shown_token(token: bytes) -> str:
+    """A token's bytes in quotes, as text where they are text."""
+    try:
+        return repr(token.decode())
+    except UnicodeDecodeError:
+        return repr(token)
 
 
 def write_note(text: str) -> None:
@@ -94,7 +107,12 @@ def summary(report: Report, finishes: Sequence[Finish]) -> str:
             usage.cache_read_input_tokens,
         ),
         _count(usage.output_tokens, "new", f"{usage.accepted_draft_tokens} drafted", usage.accepted_draft_tokens),
+        _count(usage.reasoning_output_tokens or None, "of them reasoning", "", None),
         f"first after {timings.time_to_first_token * 1000:.0f} ms" if timings.time_to_first_token is not None else "",
+        # Of a model that did not reason, that was the same.
+        f"answer after {timings.time_to_first_answer_token * 1000:.0f} ms"
+        if usage.reasoning_output_tokens and timings.time_to_first_answer_token is not None
+        else "",
         f"{timings.output_tokens_per_second:.0f} tokens/s" if timings.output_tokens_per_second is not None else "",
         f"{report.cost.charge:f} {report.cost.currency}" if report.cost else "",
         *dict.fromkeys(map(_why, finishes)),
@@ -116,6 +134,8 @@ def _why(finish: Finish) -> str:
             return "complete"
         case FinishReason.STOP_SEQUENCE:
             return f"stopped at {finish.stop_sequence!r}"
+        case FinishReason.TOOL_CALLS:
+            return "waits for its tools"
         case None:
             return ""
         case reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from headrace.cli.connection import Connection, connect, connection_options
-from headrace.cli.output import write_json, write_note, write_table
+from headrace.cli.output import shown_token, write_json, write_note, write_table
 from headrace.cli.prompt import read_prompt
 from headrace.client import Message, Prompt, Token
 
@@ -43,8 +43,4 @@ def tokenize(
 
 
 def _row(token: Token) -> tuple[str, str, str]:
-    try:
-        shown = repr(token.bytes.decode())
-    except UnicodeDecodeError:
-        shown = repr(token.bytes)
-    return str(token.id), shown, f"{token.start}–{token.end}"
+    return str(token.id), shown_token(token.bytes), f"{token.start}–{token.end}"

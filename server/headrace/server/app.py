@@ -60,6 +60,8 @@ class App:
             max_queued=settings.max_queued,
             prefix_cache=settings.prefix_cache,
             speculation=settings.speculation,
+            max_grammar_bytes=settings.max_grammar_bytes,
+            max_grammar_seconds=settings.max_grammar_seconds,
             logits_processors=[processor for plugin in self.plugins for processor in plugin.logits_processors],
         )
         middleware = components.make_middleware(settings, self.plugins)
@@ -188,6 +190,6 @@ def _describe(served: Served, default: str | None) -> ServedModel:
         vocabulary_size=model.tokenizer.vocabulary_size if model and model.tokenizer else None,
         continuous_batching=engine is not None,
         default_sampling=Sampling(temperature=DEFAULT_TEMPERATURE) if engine else Sampling(),
-        prefill_tokens_per_second=engine.runner.prefill_tokens_per_second if engine else None,
-        decode_tokens_per_second=engine.runner.decode_tokens_per_second if engine else None,
+        prefill_tokens_per_second=engine.runner.speeds.prefill_tokens_per_second if engine else None,
+        decode_tokens_per_second=engine.runner.speeds.decode_tokens_per_second if engine else None,
     )

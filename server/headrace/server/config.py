@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     draft_models: dict[str, str] = Field(
         default_factory=dict, description="What guesses for a model, by its name: [draft_models] large = 'small'."
     )
+    max_grammar_bytes: int = Field(
+        64 * 2**20, ge=0, description="Size of the compiled output formats that are kept of each model, about."
+    )
+    max_grammar_seconds: float = Field(2.0, gt=0, description="Seconds that an output format may take to compile.")
     strict: bool = Field(
         False, description="Whether every request is one for determinism.strict; models that cannot promise it refuse."
     )

@@ -64,7 +64,7 @@ class Metrics:
 
         self._request_duration = histogram(
             "gen_ai_server_request_duration_seconds",
-            "Time of a generation, from arrival to end. error_type is empty where it succeeded.",
+            "Time of a generation or a scoring, from arrival to end. error_type is empty where it succeeded.",
             ("model", "error_type"),
             _DURATION_BUCKETS,
         )

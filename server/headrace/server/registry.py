@@ -15,7 +15,13 @@ from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendUnavailable, Loading, ModelNotFound
 from headrace.backends.types import Call, Events, Handler
 from headrace.server.engine.draft_model import check_pair
-from headrace.server.engine.engine import ENGINE_CAPABILITIES, Engine
+from headrace.server.engine.engine import (
+    ENGINE_CAPABILITIES,
+    MAX_GRAMMAR_BYTES,
+    MAX_GRAMMAR_SECONDS,
+    Engine,
+)
+from headrace.server.engine.model_options import capabilities_of
 
 STRICT_OPTION = "determinism.strict"
 """Honoured by models of class STRICT, and by no others, whatever they declare."""
@@ -69,11 +75,15 @@ class ModelRegistry:
         logits_processors: Sequence[type[LogitsProcessor]] = (),
         prefix_cache: bool = True,
         speculation: bool = True,
+        max_grammar_bytes: int = MAX_GRAMMAR_BYTES,
+        max_grammar_seconds: float = MAX_GRAMMAR_SECONDS,
     ) -> None:
         self._clock = clock
         self._max_queued = max_queued
         self._prefix_cache = prefix_cache
         self._speculation = speculation
+        self._max_grammar_bytes = max_grammar_bytes
+        self._max_grammar_seconds = max_grammar_seconds
         self._logits_processors = {processor.name: processor for processor in logits_processors}
         self._served: dict[str, Served] = {}
         self._default: str | None = None
@@ -184,10 +194,10 @@ class ModelRegistry:
                 prefix_cache=self._prefix_cache,
                 speculation=self._speculation,
                 draft_model=draft_model,
+                max_grammar_bytes=self._max_grammar_bytes,
+                max_grammar_seconds=self._max_grammar_seconds,
             )
-            served.capabilities = replace(
-                ENGINE_CAPABILITIES, extensions={name: one.Parameters for name, one in processors.items()}
-            )
+            served.capabilities = capabilities_of(model, {name: one.Parameters for name, one in processors.items()})
             served.handler = served.engine.generate
         served.capabilities = _with_strict(served.capabilities, model)
         served.state = ModelState.READY

@@ -247,10 +247,17 @@ def write_expected(plan: dict[str, Any], folder: Path) -> None:
         "chat_ids": chat,
         "greedy_ids": greedy,
         "greedy_text": tokenizer.decode(greedy, skip_special_tokens=True),
+        # Of each token of prompt and answer but the first, after those before it.
+        "logprobs": [round(value, 7) for value in logprobs_of(ids[0], logits)],
     }
     (folder / "expected.json").write_text(json.dumps(expected, ensure_ascii=False, indent=1) + "\n")
     positions = np.arange(3, ids.shape[1], 4)
     save_file({"positions": positions, "logits": logits.numpy()[positions].copy()}, folder / "expected.safetensors")
+
+
+def logprobs_of(ids: Any, logits: Any) -> list[float]:
+    """Natural, of ``ids`` from the second on; ``logits`` are those after each."""
+    return logits.double().log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0].tolist()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ from headrace.backends.types import (
     InfillInput,
     Input,
     Role,
+    Scoring,
     StreamEnd,
     TextInput,
     TokenIdsInput,
@@ -26,7 +28,8 @@ from headrace.backends.types import (
 )
 from headrace.server.plugins import load_plugins
 from headrace_redaction.finders import Kind
-from headrace_redaction.middleware import Redaction, RedactionOptions
+from headrace_redaction.middleware import Redaction, RedactionOptions, redact_request
+from headrace_redaction.redactor import Redactor
 
 ANSWER: list[Event] = [Delta(0, "Write to c@x.org."), ChoiceFinish(0, FinishReason.EOS_TOKEN), StreamEnd()]
 
@@ -84,6 +87,18 @@ async def test_every_part_of_a_conversation_is_redacted_with_one_numbering() -> 
 async def test_both_sides_of_a_hole_are_redacted() -> None:
     call, _ = await run(InfillInput("to = 'a@x.org'", "# b@x.org"))
     assert call.request.input == InfillInput("to = '[EMAIL_1]'", "# [EMAIL_2]")
+
+
+async def test_candidates_that_are_scored_are_redacted_too() -> None:
+    request = GenerateRequest(
+        input=TextInput("To a@x.org:"), scoring=Scoring(candidates=(TextInput(" a@x.org"), TextInput(" b@x.org")))
+    )
+    redacted = redact_request(request, Redactor(tuple(Kind)))
+    assert redacted.input == TextInput("To [EMAIL_1]:")
+    assert redacted.scoring == Scoring(candidates=(TextInput(" [EMAIL_1]"), TextInput(" [EMAIL_2]")))
+    unreadable = replace(request, scoring=Scoring(candidates=(TokenIdsInput((1,)),)))
+    with pytest.raises(InvalidArgument, match=r"candidates\.token_ids"):
+        redact_request(unreadable, Redactor(tuple(Kind)))
 
 
 async def test_each_request_is_numbered_anew() -> None:

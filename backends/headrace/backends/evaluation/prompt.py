@@ -22,7 +22,7 @@ def reserved(model: StepModel, num_slots: int, num_tokens: int) -> Iterator[rang
 def run_prompt(model: StepModel, slot: int, token_ids: Sequence[int]) -> None:
     """Runs a prompt alone, in the largest chunks that the model takes."""
     for start, end in pairwise(cuts(len(token_ids), max_chunk=model.max_chunk, alignment=model.chunk_alignment)):
-        model.step([Row(slot, start, token_ids[start:end], wants_logits=end == len(token_ids))])
+        model.step([Row(slot, start, token_ids[start:end], num_logits=int(end == len(token_ids)))])
 
 
 def cuts(num_tokens: int, *, max_chunk: int, alignment: int) -> list[int]:

@@ -97,7 +97,7 @@ _NUM_SCORES = 3
 
 def _score_step(models: Sequence[StepModel], ids: NDArray[np.int64], position: int) -> NDArray[np.float64]:
     """Feeds the tokens at one position of every window. Returns [models, scores, windows]."""
-    rows = [Row(slot, position, [int(ids[slot, position])], wants_logits=True) for slot in range(len(ids))]
+    rows = [Row(slot, position, [int(ids[slot, position])], num_logits=1) for slot in range(len(ids))]
     logits = [model.step(rows) for model in models]
     result = np.empty((len(models), _NUM_SCORES, len(ids)))
     for slot in range(len(ids)):

@@ -68,7 +68,7 @@ def _decode(model: StepModel, prompt: Sequence[int], num_rows: int) -> float:
             run_prompt(model, slot, prompt)
 
         def step(position: int) -> None:
-            model.step([Row(slot, position, [prompt[-1]], wants_logits=True) for slot in slots])
+            model.step([Row(slot, position, [prompt[-1]], num_logits=1) for slot in slots])
 
         step(len(prompt))  # the first of a batch makes what the others use
         began = time.perf_counter()

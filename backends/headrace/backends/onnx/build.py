@@ -128,6 +128,7 @@ def build_bundle(
             eos_token_ids=tokenizer.eos_token_ids,
             bos_token_id=tokenizer.bos_token_id,
             add_bos_token=tokenizer.add_bos_token,
+            infill_token_ids=tokenizer.infill_token_ids,
             source=model.describe(),
             built_with={package: importlib.metadata.version(package) for package in ("headrace", "gguf", "onnx")},
             files=files,

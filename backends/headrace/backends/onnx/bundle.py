@@ -32,6 +32,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from headrace.backends.api import ModelCard
+from headrace.backends.onnx.infill import InfillTokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,8 @@ class Manifest(BaseModel):
     bos_token_id: int | None = None
     add_bos_token: bool = False
     """Whether a plain prompt begins with ``bos_token_id``."""
+    infill_token_ids: InfillTokenIds | None = None
+    """``None``: it fills no holes."""
     source: Source
     built_with: dict[str, str]
     """Versions of the packages that wrote the graph."""
@@ -143,9 +146,10 @@ class Manifest(BaseModel):
             raise ValueError("digest does not match the files' digests")
         if self.add_bos_token and self.bos_token_id is None:
             raise ValueError("add_bos_token needs bos_token_id")
-        special = {*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])}
+        special = {*self.eos_token_ids, *(self.infill_token_ids or ())}
+        special |= set() if self.bos_token_id is None else {self.bos_token_id}
         if not all(0 <= token_id < self.vocabulary_size for token_id in special):
-            raise ValueError("eos_token_ids and bos_token_id must be below vocabulary_size")
+            raise ValueError("eos_token_ids, bos_token_id and infill_token_ids must be below vocabulary_size")
         return self
 
 

@@ -29,7 +29,7 @@ class FusedSession:
         self._decodes: dict[int, _Feeds] = {}
 
     def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> None:
-        if all(len(row.token_ids) == 1 and row.wants_logits for row in rows):
+        if all(len(row.token_ids) == row.num_logits == 1 for row in rows):
             feeds = self._decodes.get(len(rows)) or self._bind_decodes(len(rows))
             feeds.input_ids[:] = [row.token_ids[0] for row in rows]
             feeds.slots[:] = [row.slot for row in rows]
@@ -50,8 +50,7 @@ class FusedSession:
         ends = np.cumsum(counts)
         logits_index: list[int] = []
         for row, end in zip(rows, ends.tolist(), strict=True):
-            if row.wants_logits:
-                logits_index += range(end - 1 - row.num_drafts, end)
+            logits_index += range(end - row.num_logits, end)
         return self._bind(
             np.concatenate([np.asarray(row.token_ids, np.int64) for row in rows]),
             np.repeat([row.slot for row in rows], counts).astype(np.int32),

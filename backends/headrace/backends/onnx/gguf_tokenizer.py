@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.backends.onnx.bundle import ModelFileError
+from headrace.backends.onnx.infill import InfillTokenIds, find_infill, infill_end_ids
 from headrace.backends.onnx.source import SourceTokenizer
 
 _SPACE = "▁"  # SentencePiece's
@@ -76,12 +77,21 @@ class _Reader:
         if family not in {"gpt2", "llama"}:
             raise ModelFileError(f"{self._path}: unsupported tokenizer {family!r}; supported are 'gpt2' and 'llama'")
         tokens = self._list("tokens", str)
-        kinds = self._list("token_type", int, default=[_Kind.NORMAL] * len(tokens))
+        kinds = [*self._list("token_type", int, default=[_Kind.NORMAL] * len(tokens))]
         if len(kinds) != len(tokens):
             raise self._damaged(f"{len(kinds)} token types for {len(tokens)} tokens")
         if len(set(tokens)) != len(tokens):
             raise self._damaged("two tokens have the same text")
 
+        named = {
+            token: i
+            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if kind in {_Kind.CONTROL, _Kind.USER_DEFINED}
+        }
+        infill = self._infill(named, len(tokens))
+        infill_ends = () if infill is None else self._infill_ends(infill, named, len(tokens))
+        for token_id in infill_ends:
+            kinds[token_id] = _Kind.CONTROL  # the caller's text does not become it
         description = self._byte_level(tokens) if family == "gpt2" else self._sentence_piece(tokens, kinds)
         special = {_Kind.CONTROL, _Kind.UNKNOWN}
         description |= {
@@ -108,6 +118,7 @@ class _Reader:
         }
         eos = [self._token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
         eos += [controls[token] for token in _ENDS if token in controls]
+        eos += infill_ends
         bos = self._token_id("bos_token_id", len(tokens))
         # The defaults of llama.cpp.
         adds_bos = family == "llama" or self._metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "tekken")
@@ -120,7 +131,23 @@ class _Reader:
             eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
             bos_token_id=bos,
             add_bos_token=bos is not None and self._get("add_bos_token", bool, default=adds_bos),
+            infill_token_ids=infill,
         )
+
+    def _infill(self, named: Mapping[str, int], num_tokens: int) -> InfillTokenIds | None:
+        """By the file's metadata, of today or of 2023; else by the names of the tokens."""
+        for keys in (("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")):
+            found = [self._token_id(f"{key}_token_id", num_tokens) for key in keys]
+            match found:
+                case [int(prefix), int(suffix), int(middle)]:
+                    return prefix, suffix, middle
+        return find_infill(named)
+
+    def _infill_ends(self, infill: InfillTokenIds, named: Mapping[str, int], num_tokens: int) -> tuple[int, ...]:
+        """What ends an answer of a model that fills holes: the marks, and what begins another file."""
+        keys = (f"fim_{key}_token_id" for key in ("pad", "rep", "sep"))
+        by_key = [token_id for key in keys if (token_id := self._token_id(key, num_tokens)) is not None]
+        return tuple(dict.fromkeys((*infill, *by_key, *infill_end_ids(named))))
 
     def _byte_level(self, tokens: list[str]) -> dict[str, Any]:
         pre = self._get("pre", str, default="default")

@@ -25,6 +25,9 @@ MAX_CHUNK = 128
 CHUNK_ALIGNMENT = 16
 MAX_DRAFTS = 64
 """Beyond that a guess costs as much as any other token: there is nothing to gain."""
+MAX_SCORES = 256
+_MAX_LOGITS_BYTES = 64 * 2**20
+"""Of the rows that chunks want: 64 of a vocabulary of 262,144. Memory that is touched when texts are scored."""
 
 
 _NEEDED_ON_STOCK = "the compiled operators: headrace-kernels, a processor with AVX2, weights of int8 or int4"
@@ -94,7 +97,9 @@ class OnnxModel:
             dtype=dtype,
         )
         self._session: Session = FusedSession(session, self._kv) if fused else StockSession(session, self._kv)
-        self._logits = np.empty((num_slots + MAX_DRAFTS, manifest.vocabulary_size), np.float32)
+        self.max_scores = min(MAX_SCORES, _MAX_LOGITS_BYTES // (4 * manifest.vocabulary_size))
+        num_rows = num_slots + max(MAX_DRAFTS, self.max_scores)
+        self._logits = np.empty((num_rows, manifest.vocabulary_size), np.float32)
         kind: Operators = "stock" if not fused else "compiled_int8" if int8_cache else "compiled"
         self.determinism = self._prove(manifest, kind)
         if self.determinism is DeterminismClass.BEST_EFFORT:
@@ -120,7 +125,7 @@ class OnnxModel:
     def step(self, rows: Sequence[Row]) -> Logits:
         for row in rows:
             self._kv.touch(row.slot, row.num_cached_tokens + len(row.token_ids))
-        logits = self._logits[: sum(1 + row.num_drafts for row in rows if row.wants_logits)]
+        logits = self._logits[: sum(row.num_logits for row in rows)]
         self._session.run(rows, logits)
         return CompiledLogits(logits) if self._top is None else OnnxLogits(logits, self._top)
 

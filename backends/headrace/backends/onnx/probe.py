@@ -39,12 +39,12 @@ def _answer(
     """The bits of the logits after a prompt in chunks, and after each of two decodes."""
     seen = []
     for start, end in itertools.pairwise(cuts):
-        rows = [Row(slot, start, tokens[start:end], wants_logits=True)]
-        rows += [Row(n, 0, tokens[n : n + 5 + 9 * n], wants_logits=True) for n in neighbours]
+        rows = [Row(slot, start, tokens[start:end], num_logits=1)]
+        rows += [Row(n, 0, tokens[n : n + 5 + 9 * n], num_logits=1) for n in neighbours]
         seen.append(_bits(model, rows)[0])
     for position in range(_LENGTH, _LENGTH + _NUM_DECODES):
-        rows = [Row(slot, position, [tokens[0]], wants_logits=True)]
-        rows += [Row(n, 5 + 9 * n, [tokens[n]], wants_logits=True) for n in neighbours]
+        rows = [Row(slot, position, [tokens[0]], num_logits=1)]
+        rows += [Row(n, 5 + 9 * n, [tokens[n]], num_logits=1) for n in neighbours]
         seen.append(_bits(model, rows)[0])
     return seen[-1 - _NUM_DECODES :]
 
@@ -54,18 +54,18 @@ def _is_strict(model: StepModel, tokens: Sequence[int], slots: Sequence[int]) ->
     tokens, slot, neighbours = tokens[:48], slots[0], slots[1:]
 
     def end() -> bytes:
-        return _bits(model, [Row(slot, 32, tokens[32:], wants_logits=True)])[0]
+        return _bits(model, [Row(slot, 32, tokens[32:], num_logits=1)])[0]
 
-    whole = _bits(model, [Row(slot, 0, tokens, wants_logits=True)])[0]
-    _bits(model, [Row(slot, 0, tokens[:16], wants_logits=True)])
-    decoded = [_bits(model, [Row(slot, i, tokens[i : i + 1], wants_logits=True)])[0] for i in range(16, 32)]
+    whole = _bits(model, [Row(slot, 0, tokens, num_logits=1)])[0]
+    _bits(model, [Row(slot, 0, tokens[:16], num_logits=1)])
+    decoded = [_bits(model, [Row(slot, i, tokens[i : i + 1], num_logits=1)])[0] for i in range(16, 32)]
     if end() != whole:
         return False
     checked: list[bytes] = []
     step = 1 + _NUM_GUESSES
     for start in range(16, 32, step):
-        rows = [Row(slot, start, tokens[start : start + step], wants_logits=True, num_drafts=_NUM_GUESSES)]
-        rows += [Row(n, 0, tokens[n : n + 5 + 9 * n], wants_logits=True) for n in neighbours]
+        rows = [Row(slot, start, tokens[start : start + step], num_logits=1 + _NUM_GUESSES)]
+        rows += [Row(n, 0, tokens[n : n + 5 + 9 * n], num_logits=1) for n in neighbours]
         checked += _bits(model, rows)[:step]
     return checked == decoded and end() == whole
 
@@ -73,7 +73,7 @@ def _is_strict(model: StepModel, tokens: Sequence[int], slots: Sequence[int]) ->
 def _bits(model: StepModel, rows: Sequence[Row]) -> list[bytes]:
     """The bits of a step's logits."""
     logits = model.step(rows)
-    return [logits.row(i).tobytes() for i in range(sum(1 + row.num_drafts for row in rows))]
+    return [logits.row(i).tobytes() for i in range(sum(row.num_logits for row in rows))]
 
 
 @contextlib.contextmanager

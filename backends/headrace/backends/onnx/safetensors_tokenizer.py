@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from headrace.backends.onnx.bundle import ModelFileError
+from headrace.backends.onnx.infill import find_infill, infill_end_ids
 from headrace.backends.onnx.safetensors_file import read_json
 from headrace.backends.onnx.source import SourceTokenizer
 
@@ -50,12 +51,19 @@ class _Reader:
             raise self._damaged(TOKENIZER, f"it is no tokenizer: {' '.join(str(exc).split())}") from exc
         bos = self._special_token("bos_token", tokenizer)
         eos = [self._special_token("eos_token", tokenizer), *self._end_ids(tokenizer)]
+        named = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        infill = find_infill(named)
+        if infill is not None:
+            ends = (*infill, *infill_end_ids(named))
+            eos += ends
+            text = _with_special(text, ends)
         return SourceTokenizer(
             tokenizer_json=text,
             chat_template=self._chat_template(),
             eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
             bos_token_id=bos,
             add_bos_token=self._adds_bos(tokenizer, bos),
+            infill_token_ids=infill,
         )
 
     def _read_description(self) -> str:
@@ -130,3 +138,16 @@ class _Reader:
 
     def _damaged(self, name: str, what: str) -> ModelFileError:
         return ModelFileError(f"{self._folder / name}: damaged: {what}")
+
+
+def _with_special(text: str, token_ids: Collection[int]) -> str:
+    """A ``tokenizer.json`` in which tokens are special: the caller's text does not become them. The same text if they
+    are.
+    """
+    description = json.loads(text)
+    added = [
+        {**token, "special": token["special"] or token["id"] in token_ids} for token in description["added_tokens"]
+    ]
+    if added == description["added_tokens"]:
+        return text
+    return json.dumps(description | {"added_tokens": added}, ensure_ascii=False)

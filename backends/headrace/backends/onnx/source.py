@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from headrace.backends.onnx.bundle import ModelFileError, Source
 from headrace.backends.onnx.graph import DecoderConfig, Weights
+from headrace.backends.onnx.infill import InfillTokenIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class SourceTokenizer:
     """The one that chat templates call ``eos_token`` first."""
     bos_token_id: int | None
     add_bos_token: bool
+    infill_token_ids: InfillTokenIds | None = None
 
 
 class ModelSource(Protocol):

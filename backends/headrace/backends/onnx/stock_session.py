@@ -36,13 +36,13 @@ class StockSession:
         self._decodes: dict[tuple[int, int], _BoundRun] = {}
 
     def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> None:
-        done = 0
+        places = np.cumsum([0, *(row.num_logits for row in rows)]).tolist()
         order: list[int] = []
+        """The place of each row of logits that is computed."""
         for group in _group_neighbours(rows):
-            wanted = [i for i in group if rows[i].wants_logits]
-            self._run([rows[i] for i in group], logits[done : done + len(wanted)])
+            wanted = [place for i in group for place in range(places[i], places[i + 1])]
+            self._run([rows[i] for i in group], logits[len(order) : len(order) + len(wanted)])
             order += wanted
-            done += len(wanted)
         if order != sorted(order):
             logits[:] = logits[np.argsort(order)]
 
@@ -50,7 +50,7 @@ class StockSession:
         """One run of the graph over neighbouring slots, ascending."""
         first, last = rows[0].slot, rows[-1].slot
         num_rows = last - first + 1
-        if len(rows) == num_rows and all(len(row.token_ids) == 1 and row.wants_logits for row in rows):
+        if len(rows) == num_rows and all(len(row.token_ids) == row.num_logits == 1 for row in rows):
             run = self._decodes.get((first, num_rows)) or self._bind_decode(first, num_rows)
             run.feeds["input_ids"][:] = [row.token_ids[0] for row in rows]
             ends = [row.num_cached_tokens + 1 for row in rows]
@@ -67,7 +67,7 @@ class StockSession:
         """A run of one token in each of neighbouring slots. Serving does little else: what it is fed is bound once, and
         written in place.
         """
-        rows = [Row(slot, 0, [0], wants_logits=True) for slot in range(first, first + num_rows)]
+        rows = [Row(slot, 0, [0], num_logits=1) for slot in range(first, first + num_rows)]
         run = _BoundRun(self._bind_cache(first, num_rows), _feeds(rows, first, num_rows))
         self._decodes[first, num_rows] = run
         return run
@@ -112,7 +112,8 @@ def _feeds(rows: Sequence[Row], first: int, num_rows: int) -> dict[str, NDArray[
         "pad_index": np.where(real, starts[:, None] + columns, 0),
         "unpad_index": np.flatnonzero(real),
         "logits_index": np.array(
-            [starts[row.slot - first] + len(row.token_ids) - 1 for row in rows if row.wants_logits], np.int64
+            [starts[row.slot - first] + len(row.token_ids) - i for row in rows for i in range(row.num_logits, 0, -1)],
+            np.int64,
         ),
         "seqlens_k": ends - 1,
         "total_len": np.array(ends.max(), np.int32),

@@ -29,6 +29,8 @@ CARRIED_OPTIONS = frozenset(
         "chat.tools.name",
         "chat.tools.description",
         "chat.tools.parameters_json_schema",
+        "chat.tool_choice.mode",
+        "chat.tool_choice.name",
         "chat.add_generation_prompt",
         "chat.template_arguments",
         "sampling.logit_bias",
@@ -48,6 +50,9 @@ CARRIED_OPTIONS = frozenset(
         "stopping.include_stop_sequence",
         "stopping.time_limit",
         "n",
+        "reasoning.enabled",
+        "reasoning.max_reasoning_tokens",
+        "reasoning.include_text",
         "response.logprobs",
         "response.top_logprobs",
         "response.token_ids",
@@ -72,8 +77,11 @@ _LATENCY_CLASSES = {
     types.LatencyClass.BATCH: public.LATENCY_CLASS_BATCH,
 }
 _REASONS = {public.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in types.FinishReason}
-_DELTA_FIELDS = frozenset({"choice_index", "text", "token_ids", "logprobs"})
-"""What the domain has a place for."""
+_TOOL_CHOICE_MODES = {
+    types.ToolChoiceMode.AUTO: public.TOOL_CHOICE_MODE_AUTO,
+    types.ToolChoiceMode.NONE: public.TOOL_CHOICE_MODE_NONE,
+    types.ToolChoiceMode.REQUIRED: public.TOOL_CHOICE_MODE_REQUIRED,
+}
 _COUNTS = [
     field.name for field in dataclasses.fields(types.Usage) if field.name not in {"sent_output_tokens", "estimated"}
 ]
@@ -96,6 +104,7 @@ def to_request(call: types.Call, *, tokenized: bool, now: float) -> pb.GenerateR
     if request.stopping.time_limit is not None:
         left = call.arrived + request.stopping.time_limit - now
         spec.stopping.time_limit.FromNanoseconds(max(1, round(left * 1e9)))
+    _fill(spec.reasoning, request.reasoning)
     _fill(spec.response, dataclasses.replace(request.response, echo=False, usage_interval=None))
     scheduling = request.scheduling
     spec.scheduling.latency_class = _LATENCY_CLASSES[scheduling.latency_class]
@@ -140,6 +149,10 @@ def to_chat(chat: types.ChatInput) -> public.ChatInput:
         add_generation_prompt=chat.add_generation_prompt,
     )
     message.template_arguments.update(chat.template_arguments)
+    if isinstance(chat.tool_choice, types.NamedTool):
+        message.tool_choice.name = chat.tool_choice.name
+    elif chat.tool_choice is not types.ToolChoiceMode.AUTO:
+        message.tool_choice.mode = _TOOL_CHOICE_MODES[chat.tool_choice]
     return message
 
 
@@ -192,6 +205,8 @@ class StreamReader:
         self._usage = usage
         self._unreported = {"input_tokens", "output_tokens"}
         self._unfinished = set(range(call.request.n))
+        self._num_calls = dict.fromkeys(self._unfinished, 0)
+        """Of tools, by choice."""
         self._max_output_tokens = call.request.n * call.max_new_tokens
 
     def read(self, raw: bytes) -> types.Delta | types.ChoiceFinish | None:
@@ -231,8 +246,6 @@ class StreamReader:
             raise _broken(f"{self._usage.output_tokens} output tokens, where {self._max_output_tokens} were allowed")
 
     def _delta(self, delta: public.Delta) -> types.Delta:
-        if foreign := {field.name for field, _ in delta.ListFields()} - _DELTA_FIELDS:
-            raise _broken(f"a delta with {', '.join(sorted(foreign))}, which cannot be passed on")
         logprobs = tuple(
             types.TokenLogprob(
                 entry.token_id,
@@ -242,7 +255,19 @@ class StreamReader:
             )
             for entry in delta.logprobs
         )
-        return types.Delta(delta.choice_index, delta.text, tuple(delta.token_ids), logprobs)
+        calls = tuple(self._call(delta.choice_index, call) for call in delta.tool_calls)
+        return types.Delta(
+            delta.choice_index, delta.text, tuple(delta.token_ids), logprobs, delta.reasoning_text, calls
+        )
+
+    def _call(self, choice: int, call: public.ToolCallDelta) -> types.ToolCallDelta:
+        num_calls = self._num_calls[choice]
+        if call.index > num_calls or (call.index == num_calls) != (bool(call.id) and bool(call.name)):
+            raise _broken(f"tool call {call.index} after {num_calls}; the first part of each has its id and its name")
+        if call.index < num_calls:
+            return types.ToolCallDelta(call.index, arguments_json=call.arguments_json)
+        self._num_calls[choice] += 1
+        return types.ToolCallDelta(call.index, call.id, call.name, call.arguments_json)
 
     def _finish(self, finish: public.ChoiceFinish) -> types.ChoiceFinish:
         if finish.reason not in _REASONS:

@@ -15,7 +15,7 @@ from headrace.backends.process.connection import error_of
 from headrace.backends.process.messages import StreamReader, to_card, to_determinism, to_request
 from headrace.backends.process.tokenizer import WorkerTokenizer
 from headrace.backends.process.worker import Worker
-from headrace.backends.types import AttemptOutcome, Call, Events, StreamEnd, Usage
+from headrace.backends.types import AttemptOutcome, Call, Delta, Events, StreamEnd, Usage
 
 _SERVER_OPTIONS = frozenset({"response.usage_interval"})
 """What the server does for every model."""
@@ -95,6 +95,8 @@ class WorkerModel:
                         call.meter.last_token = time.monotonic()
                         if call.meter.first_token is None:
                             call.meter.first_token = call.meter.last_token
+                    if isinstance(event, Delta) and (event.text or event.tool_calls):
+                        call.meter.first_answer_token = call.meter.first_answer_token or call.meter.last_token
                     if event is not None:
                         yield event
         except grpc.aio.AioRpcError as error:

@@ -175,7 +175,7 @@ class LifecycleTests(Setting):
             assert isinstance(model, StepModel)
             tokens = model.tokenizer.encode(self.prompts[0]).ids[: model.max_chunk]
             model.reserve(0, len(tokens))
-            model.step([Row(0, 0, tokens, wants_logits=True)]).greedy([0])
+            model.step([Row(0, 0, tokens, num_logits=1)]).greedy([0])
             model.release(0)
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from headrace.backends.testing.calls import Answer, AnyModel
 from headrace.backends.testing.demand import demand
-from headrace.backends.testing.request_options import REQUEST_OPTIONS
+from headrace.backends.testing.request_options import REQUEST_OPTIONS, SCORING_OPTIONS
 from headrace.backends.testing.serving import Served
 from headrace.backends.testing.setting import Setting
 from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, FinishReason, ResponseOptions, Sampling, Stopping
@@ -30,7 +30,7 @@ class OptionTests(Setting):
         capabilities = getattr(model, "capabilities", None)
         if capabilities is None:
             pytest.skip("not there: capabilities of its own; a step-wise model has those of the engine")
-        unknown = sorted(capabilities.options - REQUEST_OPTIONS)
+        unknown = sorted(capabilities.options - REQUEST_OPTIONS - SCORING_OPTIONS)
         meant = {path: difflib.get_close_matches(path, REQUEST_OPTIONS, 1) for path in unknown}
         demand(
             not unknown,

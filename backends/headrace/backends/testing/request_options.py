@@ -65,3 +65,6 @@ REQUEST_OPTIONS = frozenset(
 )
 """Paths from the proto's GenerationSpec. What is missing is the server's alone: ``request_id``, ``idempotency_key``,
 ``model``, ``budget_policy``, and ``extensions``, which are declared in ``Capabilities.extensions``."""
+
+SCORING_OPTIONS = frozenset({"scoring", "candidates.text", "candidates.token_ids.ids", "response.tokens"})
+"""What a scoring has beside them: ``"scoring"`` itself, and paths from the proto's ScoreRequest."""

@@ -61,7 +61,7 @@ def feed(model: StepModel, slot: int, start: int, tokens: Sequence[int], cuts: S
     row = np.empty(0, np.float32)
     for begin, end in itertools.pairwise([0, *cuts, len(tokens)]):
         last = end == len(tokens)
-        logits = model.step([Row(slot, start + begin, tokens[begin:end], wants_logits=last)])
+        logits = model.step([Row(slot, start + begin, tokens[begin:end], num_logits=int(last))])
         if last:
             row = np.array(logits.row(0))
     return row

@@ -82,7 +82,7 @@ class StepTests(Setting):
         size = step_model.tokenizer.vocabulary_size
         tokens = self.tokens(step_model, 2, 0)
         with reserved(step_model, 0, num_tokens=2):
-            logits = step_model.step([Row(0, 0, tokens, wants_logits=True)])
+            logits = step_model.step([Row(0, 0, tokens, num_logits=1)])
             row = logits.row(0)
             demand(
                 row.shape == (size,) and row.dtype == np.float32 and row.flags.writeable,
@@ -99,7 +99,7 @@ class StepTests(Setting):
 
     def test_greedy_top_and_draw_say_what_row_says(self, step_model: StepModel, lines: Sequence[Line]) -> None:
         with reserved(step_model, *range(len(lines)), num_tokens=2):
-            logits = step_model.step([Row(i, 0, line.prompt[:2], wants_logits=True) for i, line in enumerate(lines)])
+            logits = step_model.step([Row(i, 0, line.prompt[:2], num_logits=1) for i, line in enumerate(lines)])
             _check_views(logits, len(lines))
             for i in range(len(lines)):
                 logits.row(i)[int(logits.row(i).argmax())] = -np.inf
@@ -114,7 +114,7 @@ class StepTests(Setting):
             pytest.skip("not there: prompts of which some can be cut, with this chunk_alignment and max_chunk")
         with reserved(step_model, *range(len(lines)), num_tokens=room(lines)):
             rows = [
-                Row(i, 0, line.prompt[:cut] if i in long else line.prompt, wants_logits=i not in long)
+                Row(i, 0, line.prompt[:cut] if i in long else line.prompt, num_logits=int(i not in long))
                 for i, line in enumerate(lines)
             ]
             logits = step_model.step(rows)
@@ -123,7 +123,7 @@ class StepTests(Setting):
                 num_rows == len(expected),
                 f"a step gives logits for the rows that want them, here {expected} of {list(range(len(lines)))}",
                 seen=f"{num_rows} rows of logits",
-                read="api.Row.wants_logits",
+                read="api.Row.num_logits",
             )
             _check_owners([np.array(logits.row(at)) for at in range(num_rows)], expected, lines, 0)
 
@@ -131,12 +131,10 @@ class StepTests(Setting):
         _need_slots(lines, 2)
         order = list(reversed(range(len(lines))))
         with reserved(step_model, *order, num_tokens=room(lines)):
-            chunks = step_model.step([Row(i, 0, lines[i].prompt, wants_logits=True) for i in order])
+            chunks = step_model.step([Row(i, 0, lines[i].prompt, num_logits=1) for i in order])
             _check_owners([np.array(chunks.row(at)) for at in range(len(order))], order, lines, 0)
             order = order[1:] + order[:1]
-            decodes = step_model.step(
-                [Row(i, len(lines[i].prompt), lines[i].later[:1], wants_logits=True) for i in order]
-            )
+            decodes = step_model.step([Row(i, len(lines[i].prompt), lines[i].later[:1], num_logits=1) for i in order])
             _check_owners([np.array(decodes.row(at)) for at in range(len(order))], order, lines, 1)
 
     def test_decoding_goes_on_where_the_prompt_ended(self, step_model: StepModel, lines: Sequence[Line]) -> None:
@@ -167,9 +165,9 @@ class StepTests(Setting):
         with reserved(step_model, *order, num_tokens=room(lines)):
             for step in range(3):
                 rows = [
-                    Row(slot, 0, line.prompt, wants_logits=True)
+                    Row(slot, 0, line.prompt, num_logits=1)
                     if step == 0
-                    else Row(slot, len(line.prompt) + step - 1, line.later[step - 1 : step], wants_logits=True)
+                    else Row(slot, len(line.prompt) + step - 1, line.later[step - 1 : step], num_logits=1)
                     for slot, line in zip(order, lines, strict=True)
                 ]
                 logits = step_model.step(rows)
@@ -271,7 +269,7 @@ class StepTests(Setting):
         _need_slots(lines, 2)
         with reserved(step_model, 0, num_tokens=room(lines)):
             with reserved(step_model, 1, num_tokens=room(lines)):
-                rows = [Row(i, 0, line.prompt, wants_logits=True) for i, line in enumerate(lines[:2])]
+                rows = [Row(i, 0, line.prompt, num_logits=1) for i, line in enumerate(lines[:2])]
                 logits = step_model.step(rows)
                 before = [np.array(logits.row(i)) for i in range(2)]
             with reserved(step_model, 1, num_tokens=100):

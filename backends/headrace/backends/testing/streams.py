@@ -69,6 +69,8 @@ class StreamTests(Setting):
         if tokenizer is None:
             pytest.skip("not there: the model's tokenizer is None")
         for answer in answers:
+            if any(delta.reasoning_text or delta.tool_calls for delta in answer.deltas()):
+                continue  # their marks are in no text
             text = text_of(tokenizer, answer.shown_ids())
             demand(
                 answer.text() in (text, text.removeprefix(" ")),
@@ -185,12 +187,27 @@ def check_grammar(answer: Answer, n: int) -> None:
         )
         if isinstance(event, ChoiceFinish):
             finished.append(event.choice)
+    for choice in range(n):
+        _check_tool_calls(answer, choice)
     demand(
         sorted(finished) == list(range(n)),
         f"each of the {n} choices has one ChoiceFinish before the StreamEnd",
         seen=f"finished: {sorted(finished)}",
         read="types.ChoiceFinish",
     )
+
+
+def _check_tool_calls(answer: Answer, choice: int) -> None:
+    num_calls = 0
+    for call in (call for delta in answer.deltas(choice) for call in delta.tool_calls):
+        begins = call.index == num_calls
+        demand(
+            call.index <= num_calls and (bool(call.id) and bool(call.name) if begins else call.id is call.name is None),
+            "a choice's calls of tools count from 0; the first delta of each has its id and its name, and no other has",
+            seen=call,
+            read="types.ToolCallDelta",
+        )
+        num_calls += begins
 
 
 def check_usage(served: Served, answer: Answer, n: int) -> None:

@@ -24,7 +24,7 @@ from headrace.client.errors import (
     UnavailableError,
     UnsupportedOptionError,
 )
-from headrace.client.options import ChatOptions, Options
+from headrace.client.options import ChatOptions, Options, ScoreOptions
 from headrace.client.sync_client import Batch, Client, Stream
 from headrace.client.types import (
     Attempt,
@@ -55,6 +55,9 @@ from headrace.client.types import (
     Report,
     Role,
     SamplingDefaults,
+    Score,
+    ScoredToken,
+    Scores,
     TextDelta,
     Timings,
     Token,
@@ -116,6 +119,10 @@ __all__ = [
     "Report",
     "Role",
     "SamplingDefaults",
+    "Score",
+    "ScoreOptions",
+    "ScoredToken",
+    "Scores",
     "ServerError",
     "Stream",
     "TextDelta",

@@ -12,7 +12,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
-from headrace.v1 import generation_pb2_grpc, models_pb2_grpc, tokenization_pb2_grpc
+from headrace.v1 import generation_pb2_grpc, models_pb2_grpc, scoring_pb2_grpc, tokenization_pb2_grpc
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 
@@ -22,6 +22,7 @@ SERVICE_CONFIG: Final = {
             "name": [
                 {"service": "headrace.v1.GenerationService"},
                 {"service": "headrace.v1.ModelService"},
+                {"service": "headrace.v1.ScoringService"},
                 {"service": "headrace.v1.TokenizationService"},
             ],
             # The server sends nothing before the first event, so a retry up to there is invisible. gRPC takes the wait
@@ -93,12 +94,14 @@ class Stubs:
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
         generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        scoring: Any = scoring_pb2_grpc.ScoringServiceStub(channel)  # type: ignore[no-untyped-call]
         tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)  # type: ignore[no-untyped-call]
         models: Any = models_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         self.generate = generation.Generate
         self.generate_stream = generation.GenerateStream
         self.cancel_stream = generation.CancelStream
         self.generate_batch = generation.GenerateBatch
+        self.score = scoring.Score
         self.tokenize = tokenization.Tokenize
         self.detokenize = tokenization.Detokenize
         self.count_tokens = tokenization.CountTokens

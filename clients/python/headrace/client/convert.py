@@ -9,7 +9,7 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.wrappers_pb2 import Int32Value
 
 from headrace.client import types
-from headrace.v1 import generation_pb2, models_pb2, tokenization_pb2, usage_pb2
+from headrace.v1 import generation_pb2, models_pb2, scoring_pb2, tokenization_pb2, usage_pb2
 
 _Name = TypeVar("_Name", bound=enum.StrEnum)
 
@@ -127,9 +127,34 @@ def timings(message: usage_pb2.Timings) -> types.Timings:
         queue=_seconds(message, "queue"),
         prefill=_seconds(message, "prefill"),
         time_to_first_token=_seconds(message, "time_to_first_token"),
+        time_to_first_answer_token=_seconds(message, "time_to_first_answer_token"),
         decode=_seconds(message, "decode"),
         total=_seconds(message, "total"),
         output_tokens_per_second=_optional(message, "output_tokens_per_second"),
+    )
+
+
+def scores(message: scoring_pb2.ScoreResponse) -> types.Scores:
+    return types.Scores(
+        request_id=message.request_id,
+        scores=tuple(
+            types.Score(
+                index=score.index,
+                logprob=score.logprob,
+                num_tokens=score.num_tokens,
+                tokens=tuple(
+                    types.ScoredToken(
+                        token_id=token.token_id,
+                        token=token.token,
+                        logprob=_optional(token, "logprob"),
+                        top=tuple(map(_top_logprob, token.top)),
+                    )
+                    for token in score.tokens
+                ),
+            )
+            for score in message.scores
+        ),
+        report=report(message.report),
     )
 
 
@@ -214,8 +239,12 @@ def _token_logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
         token_id=message.token_id,
         token=message.token,
         logprob=message.logprob,
-        top=tuple(types.TopLogprob(token_id=t.token_id, token=t.token, logprob=t.logprob) for t in message.top),
+        top=tuple(map(_top_logprob, message.top)),
     )
+
+
+def _top_logprob(message: generation_pb2.TopLogprob) -> types.TopLogprob:
+    return types.TopLogprob(token_id=message.token_id, token=message.token, logprob=message.logprob)
 
 
 def _optional(message: ProtoMessage, field: str) -> Any:

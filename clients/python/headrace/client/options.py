@@ -12,12 +12,12 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, TypedDict, get_type_hints
+from typing import Annotated, Any, Final, Protocol, TypedDict, get_type_hints
 
 from google.protobuf.message import Message as ProtoMessage
 
 from headrace.client.types import BudgetPolicy, CacheMode, ExpiryAction, LatencyClass, ToolDefinition
-from headrace.v1 import generation_pb2
+from headrace.v1 import generation_pb2, scoring_pb2
 
 Put = Callable[[Any, str, Any], None]
 """Puts a value into a field (by name) of a message."""
@@ -78,7 +78,15 @@ def _present(message: ProtoMessage, field: str, value: bool) -> None:
         getattr(message, field).SetInParent()
 
 
-def _json(message: ProtoMessage, field: str, value: str | Mapping[str, Any]) -> None:
+class HasJsonSchema(Protocol):
+    """A class that knows its JSON schema, such as a pydantic model."""
+
+    def model_json_schema(self) -> Mapping[str, Any]: ...
+
+
+def _json_schema(message: ProtoMessage, field: str, value: str | Mapping[str, Any] | HasJsonSchema) -> None:
+    if not isinstance(value, str | Mapping):
+        value = value.model_json_schema()
     setattr(message, field, value if isinstance(value, str) else json.dumps(value))
 
 
@@ -86,11 +94,9 @@ def _tools(message: ProtoMessage, field: str, tools: Iterable[ToolDefinition | M
     message.ClearField(field)
     for tool in tools:
         definition = tool if isinstance(tool, ToolDefinition) else ToolDefinition(**tool)
-        getattr(message, field).add(
-            name=definition.name,
-            description=definition.description,
-            parameters_json_schema=definition.parameters_json_schema,
-        )
+        added = getattr(message, field).add(name=definition.name, description=definition.description)
+        if definition.parameters_json_schema is not None:
+            _json_schema(added, "parameters_json_schema", definition.parameters_json_schema)
 
 
 def _tool_choice(message: ProtoMessage, field: str, value: str | Mapping[str, str]) -> None:
@@ -138,7 +144,9 @@ class Options(ChatOptions, total=False):
     include_stop_sequence: Annotated[bool | None, At("stopping.include_stop_sequence", _value)]
     time_limit: Annotated[float | dt.timedelta | None, At("stopping.time_limit", _seconds)]
 
-    json_schema: Annotated[str | Mapping[str, Any] | None, At("structured_output.json_schema", _json)]
+    json_schema: Annotated[
+        str | Mapping[str, Any] | HasJsonSchema | None, At("structured_output.json_schema", _json_schema)
+    ]
     json_object: Annotated[bool | None, At("structured_output.json_object", _present)]
     regex: Annotated[str | None, At("structured_output.regex", _value)]
     choice: Annotated[Sequence[str] | None, At("structured_output.choice.texts", _values)]
@@ -166,8 +174,30 @@ class Options(ChatOptions, total=False):
     response_cache: Annotated[CacheMode | str | None, At("cache.response", _named)]
 
 
+class ScoreOptions(ChatOptions, total=False):
+    """Options of a scoring, by the fields of ScoreRequest."""
+
+    request_id: Annotated[str | None, At("request_id", _value)]
+    model: Annotated[str | None, At("model", _value)]
+
+    tokens: Annotated[bool | None, At("response.tokens", _value)]
+    top_logprobs: Annotated[int | None, At("response.top_logprobs", _value)]
+
+    latency_class: Annotated[LatencyClass | str | None, At("scheduling.latency_class", _named)]
+    priority: Annotated[int | None, At("scheduling.priority", _value)]
+    queue_timeout: Annotated[float | dt.timedelta | None, At("scheduling.queue_timeout", _seconds)]
+
+    strict: Annotated[bool | None, At("determinism.strict", _value)]
+
+    prefix_cache: Annotated[CacheMode | str | None, At("cache.prefix", _named)]
+    response_cache: Annotated[CacheMode | str | None, At("cache.response", _named)]
+
+
 OPTIONS: Final[Mapping[str, At]] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(Options, include_extras=True).items()
+}
+SCORE_OPTIONS: Final[Mapping[str, At]] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(ScoreOptions, include_extras=True).items()
 }
 CHAT_OPTIONS: Final = {name: OPTIONS[name] for name in ChatOptions.__annotations__}
 
@@ -181,8 +211,12 @@ _ELSEWHERE: Final = {
 """What other libraries call our options."""
 
 
-def apply(spec: generation_pb2.GenerationSpec, options: Mapping[str, Any], table: Mapping[str, At] = OPTIONS) -> None:
-    """Sets options on a spec whose input is set. Raises TypeError for an unknown name or a value of the wrong type,
+def apply(
+    spec: generation_pb2.GenerationSpec | scoring_pb2.ScoreRequest,
+    options: Mapping[str, Any],
+    table: Mapping[str, At] = OPTIONS,
+) -> None:
+    """Sets options on a request whose input is set. Raises TypeError for an unknown name or a value of the wrong type,
     ValueError for a value that cannot be; each names the option.
     """
     for name, value in options.items():
@@ -193,11 +227,11 @@ def apply(spec: generation_pb2.GenerationSpec, options: Mapping[str, Any], table
             _apply(spec, name, at, value)
 
 
-def _apply(spec: generation_pb2.GenerationSpec, name: str, at: At, value: Any) -> None:
+def _apply(spec: generation_pb2.GenerationSpec | scoring_pb2.ScoreRequest, name: str, at: At, value: Any) -> None:
     *parents, field = at.path.split(".")
     if parents == ["chat"] and not spec.HasField("chat"):
         raise ValueError(f"{name}: needs a conversation as the prompt")
-    if parents[:1] == ["structured_output"]:
+    if isinstance(spec, generation_pb2.GenerationSpec) and parents[:1] == ["structured_output"]:
         _refuse_second_format(spec, name, at)
     message: Any = spec
     for parent in parents:

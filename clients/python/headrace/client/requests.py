@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from headrace.client import options as option_table
 from headrace.client.types import Infill, Message, Prompt, Role, ToolCall
-from headrace.v1 import generation_pb2, tokenization_pb2
+from headrace.v1 import generation_pb2, scoring_pb2, tokenization_pb2
 
 BatchPrompt: TypeAlias = Prompt | generation_pb2.GenerationSpec
 """A GenerationSpec is a prompt with options of its own."""
@@ -87,6 +87,40 @@ class BatchRequests:
         else:
             built = spec(prompt, None, self._options)
         return generation_pb2.GenerateBatchRequest(index=index, spec=built)
+
+
+def score(
+    prompt: Prompt, candidates: Sequence[str | Sequence[int]] | None, options: Mapping[str, Any]
+) -> scoring_pb2.ScoreRequest:
+    """A scoring of the candidates after the prompt, or of the prompt itself where there are none."""
+    built = generation_pb2.GenerationSpec()
+    _put_prompt(built, prompt)
+    if isinstance(candidates, (str, bytes)):
+        raise TypeError("candidates: must be a sequence of texts or of token ids, got one text")
+    if candidates is not None and not candidates:
+        raise ValueError("candidates: has no entries; leave it out to score the prompt itself")
+    request = scoring_pb2.ScoreRequest(candidates=[_candidate(i, one) for i, one in enumerate(candidates or ())])
+    match built.WhichOneof("input"):
+        case "text":
+            request.text = built.text
+        case "token_ids":
+            request.token_ids.CopyFrom(built.token_ids)
+        case "chat":
+            request.chat.CopyFrom(built.chat)
+        case _:
+            raise TypeError("prompt: must be text, token ids or a conversation to be scored")
+    option_table.apply(request, options, option_table.SCORE_OPTIONS)
+    return request
+
+
+def _candidate(index: int, given: str | Sequence[int]) -> scoring_pb2.ScoreCandidate:
+    if isinstance(given, str):
+        return scoring_pb2.ScoreCandidate(text=given)
+    try:
+        ids = [operator.index(token) for token in given]
+    except TypeError as error:
+        raise TypeError(f"candidates[{index}]: must be text or token ids ({error})") from error
+    return scoring_pb2.ScoreCandidate(token_ids=generation_pb2.TokenIds(ids=ids))
 
 
 def tokenize(prompt: Prompt, model: str | None, options: Mapping[str, Any]) -> tokenization_pb2.TokenizeRequest:

@@ -13,7 +13,7 @@ import grpc
 
 from headrace.client import channel as channels
 from headrace.client import convert, errors, requests, responses
-from headrace.client.options import ChatOptions, Options
+from headrace.client.options import ChatOptions, Options, ScoreOptions
 from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, GOODBYE_SECONDS, Resumption
 from headrace.client.types import (
     Completion,
@@ -22,6 +22,7 @@ from headrace.client.types import (
     Model,
     Prompt,
     Report,
+    Scores,
     TokenCount,
     Tokenization,
 )
@@ -112,6 +113,20 @@ class Client:
         """
         sent = requests.BatchRequests(prompts, options)
         return Batch(self._stubs.generate_batch(iter(sent), timeout=timeout, metadata=self._metadata), sent)
+
+    def score(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str | Sequence[int]] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """The log-probabilities of candidates (texts or token ids), each after the prompt; without any, that of the
+        prompt itself. A candidate's tokens are encoded by themselves: it begins with its space, as in ``" Paris"``.
+        """
+        request = requests.score(prompt, candidates, options)
+        return convert.scores(self._unary(self._stubs.score, request, timeout))
 
     def tokenize(
         self,

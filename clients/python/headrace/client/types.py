@@ -127,7 +127,7 @@ class ToolDefinition:
 
     name: str
     description: str | None = None
-    parameters_json_schema: str | None = None
+    parameters_json_schema: str | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +199,7 @@ class Timings:
     decode: float | None = None
     total: float | None = None
     output_tokens_per_second: float | None = None
+    time_to_first_answer_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +325,58 @@ class Completion:
     def text(self) -> str:
         """The first choice's text."""
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The first choice's."""
+        return self.choices[0].tool_calls
+
+    @property
+    def usage(self) -> Usage:
+        return self.report.usage
+
+    @property
+    def timings(self) -> Timings:
+        return self.report.timings
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredToken:
+    """A token of a scored text. ``logprob`` is natural; ``None`` for the first token of all, which nothing predicts."""
+
+    token_id: int
+    token: bytes
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How likely one text is: the natural log-probability of ``num_tokens`` tokens together. ``tokens`` are all of the
+    text's, if they were asked for.
+    """
+
+    index: int
+    logprob: float
+    num_tokens: int
+    tokens: tuple[ScoredToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The answer of ``score``: one for each candidate, or one for the text itself; and the report."""
+
+    request_id: str
+    scores: tuple[Score, ...]
+    report: Report
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Of each candidate, in their order."""
+        return tuple(score.logprob for score in self.scores)
 
     @property
     def usage(self) -> Usage:

@@ -197,11 +197,11 @@ class DraftModel:
         rows, complete = [], []
         for sequence, end in ends:
             shadow = self._shadows[sequence]
-            wants_logits = end == len(sequence.tokens)
+            is_complete = end == len(sequence.tokens)
             tokens = sequence.tokens[shadow.num_cached_tokens : end]
-            rows.append(Row(shadow.slot, shadow.num_cached_tokens, tokens, wants_logits))
+            rows.append(Row(shadow.slot, shadow.num_cached_tokens, tokens, int(is_complete)))
             shadow.num_cached_tokens = end
-            if wants_logits:
+            if is_complete:
                 complete.append(sequence)
         return self._step(rows, complete)
 
@@ -210,7 +210,7 @@ class DraftModel:
         rows, complete = [], []
         for sequence in sequences:
             shadow, guess = self._shadows[sequence], drafts[sequence][-1]
-            rows.append(Row(shadow.slot, shadow.num_cached_tokens + len(shadow.guesses), [guess], wants_logits=True))
+            rows.append(Row(shadow.slot, shadow.num_cached_tokens + len(shadow.guesses), [guess], num_logits=1))
             shadow.guesses.append(guess)
             complete.append(sequence)
         return self._step(rows, complete)

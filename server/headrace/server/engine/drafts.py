@@ -16,13 +16,18 @@ _FORGETTING = 0.02
 a text may begin to repeat itself late."""
 
 
+_FIRST_FORCED_ACCEPTANCE = 0.9
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Tokens that may come next."""
 
     token_ids: Sequence[int]
     match: int | None
-    """How many of the last tokens led to them; ``None``: a second model did (``draft_model``)."""
+    """How many of the last tokens led to them; ``None``: a second model did (``draft_model``), or a constraint."""
+    forced: bool = False
+    """Whether a constraint leaves nothing else (``constraint``)."""
 
 
 class PromptLookup:
@@ -48,9 +53,7 @@ class PromptLookup:
             if end is None:
                 continue
             acceptance = self._acceptance[match]
-            depth, chance = 0, acceptance
-            while depth < longest and chance > price:
-                depth, chance = depth + 1, chance * acceptance
+            depth = _depth(acceptance, price, longest)
             if not depth:
                 self._acceptance[match] += _FORGETTING * (_FIRST_ACCEPTANCE[match] - acceptance)
             # What it copies may reach into the draft itself, when a text repeats itself in short turns.
@@ -63,10 +66,7 @@ class PromptLookup:
     def learn(self, draft: Draft, num_accepted: int) -> None:
         """Takes note of how many tokens of one of its drafts were what the model chose."""
         assert draft.match is not None
-        tried = min(num_accepted + 1, len(draft.token_ids))
-        before = self._acceptance[draft.match]
-        weight = 1 - (1 - _SMOOTHING) ** tried
-        self._acceptance[draft.match] = before + weight * (num_accepted / tried - before)
+        self._acceptance[draft.match] = _learnt(self._acceptance[draft.match], draft, num_accepted)
 
     def _index(self, tokens: Sequence[int]) -> None:
         """Takes down all that ends before the last token."""
@@ -74,3 +74,38 @@ class PromptLookup:
             for match in range(_SHORTEST_MATCH, min(_LONGEST_MATCH, end) + 1):
                 self._ends[tuple(tokens[end - match : end])] = end
         self._num_indexed = len(tokens)
+
+
+class ForcedTokens:
+    """Drafts the only text that a constraint leaves. What is forced is its characters: the model may still cut them
+    into other tokens, and how often it does is learnt.
+    """
+
+    def __init__(self) -> None:
+        self._acceptance = _FIRST_FORCED_ACCEPTANCE
+
+    def propose(self, token_ids: Sequence[int], price: float, longest: int) -> Draft | None:
+        """The first of ``token_ids``, at most ``longest``, as far as a token's chance is above ``price``."""
+        depth = _depth(self._acceptance, price, min(longest, len(token_ids)))
+        if token_ids and not depth:
+            self._acceptance += _FORGETTING * (_FIRST_FORCED_ACCEPTANCE - self._acceptance)
+        return Draft(token_ids[:depth], None, forced=True) if depth else None
+
+    def learn(self, draft: Draft, num_accepted: int) -> None:
+        """Takes note of how many tokens of a draft were what the model chose."""
+        self._acceptance = _learnt(self._acceptance, draft, num_accepted)
+
+
+def _depth(acceptance: float, price: float, longest: int) -> int:
+    """How many tokens to draft: each comes true with a chance of ``acceptance``, if all before it did."""
+    depth, chance = 0, acceptance
+    while depth < longest and chance > price:
+        depth, chance = depth + 1, chance * acceptance
+    return depth
+
+
+def _learnt(acceptance: float, draft: Draft, num_accepted: int) -> float:
+    """An acceptance after one more draft."""
+    tried = min(num_accepted + 1, len(draft.token_ids))
+    weight = 1 - (1 - _SMOOTHING) ** tried
+    return acceptance + weight * (num_accepted / tried - acceptance)

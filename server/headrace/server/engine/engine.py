@@ -1,7 +1,7 @@
 """Continuous batching for a step-wise model: requests join and leave at any step.
 
-``generate`` makes a ``Sequence`` for each choice of a call and hands it to the ``Runner``, whose thread steps the
-model. Events reach the reader through the call's ``EventStream``.
+``generate`` makes a ``Sequence`` for each choice of a call, or for each text that it is to score, and hands it to the
+``Runner``, whose thread steps the model. Events reach the reader through the call's ``EventStream``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,25 @@ from headrace.backends.types import (
     Attempt,
     AttemptOutcome,
     Call,
+    ChatInput,
     ChoiceFinish,
     Events,
+    Sampling,
+    Scored,
+    ScoredToken,
+    Scoring,
     StreamEnd,
 )
+from headrace.server.engine.channels import channels_of, dialect_of
+from headrace.server.engine.constraint import Constraint
+from headrace.server.engine.grammars import Grammars
 from headrace.server.engine.runner import Outbox, Runner
 from headrace.server.engine.sampler import SamplingState
+from headrace.server.engine.scores import TokenScores
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.stream import EventStream
 from headrace.server.engine.text import TextAssembler
+from headrace.server.engine.tool_grammar import FIELD, required_calls
 
 _MAX_PENDING_EVENTS = 64
 """Events a reader may be behind before its sequences stand still."""
@@ -65,6 +75,11 @@ ENGINE_OPTIONS = frozenset(
         "stopping.include_stop_sequence",
         "stopping.time_limit",
         "n",
+        "structured_output.json_schema",
+        "structured_output.json_object",
+        "structured_output.regex",
+        "structured_output.choice.texts",
+        "structured_output.lark_grammar",
         "response.logprobs",
         "response.top_logprobs",
         "response.token_ids",
@@ -76,6 +91,10 @@ ENGINE_OPTIONS = frozenset(
         "scheduling.on_expiry",
         "determinism.seed",
         "cache.prefix",
+        "scoring",
+        "candidates.text",
+        "candidates.token_ids.ids",
+        "response.tokens",
         # There is nothing to use or to bypass yet, so every choice is honoured.
         "cache.response",
     }
@@ -84,6 +103,8 @@ ENGINE_OPTIONS = frozenset(
 
 ENGINE_CAPABILITIES = Capabilities(options=ENGINE_OPTIONS, max_n=MAX_CHOICES, max_top_logprobs=MAX_TOP_LOGPROBS)
 
+MAX_GRAMMAR_BYTES = 64 * 2**20
+MAX_GRAMMAR_SECONDS = 2.0
 DEFAULT_TEMPERATURE = 0.0
 """Greedy: an unset request gives the same answer every time."""
 
@@ -101,12 +122,16 @@ class Engine:
         prefix_cache: bool = True,
         speculation: bool = True,
         draft_model: StepModel | None = None,
+        max_grammar_bytes: int = MAX_GRAMMAR_BYTES,
+        max_grammar_seconds: float = MAX_GRAMMAR_SECONDS,
     ) -> None:
         """``clock`` gives monotonic seconds; ``max_queued`` bounds the choices that wait for a slot.
         ``logits_processors`` are those that ``call.extensions`` may name. ``prefix_cache``: whether prompts begin with
         what earlier ones of their tenant have computed, where the model is a ``PrefixModel``. ``speculation``: whether
         the model checks guessed tokens where that is likely to pay, if it can. ``draft_model`` guesses where the text
         itself does not tell (``check_pair``); the engine owns it, too.
+        ``max_grammar_bytes`` bounds the compiled output formats that are kept, ``max_grammar_seconds`` the time that it
+        takes to compile one.
         """
         self.model = model
         self.max_tokens = min(model.card.context_length, model.num_kv_tokens)
@@ -116,6 +141,8 @@ class Engine:
         self._logits_processors = logits_processors or {}
         self._num_queued = 0
         self._draft_model = draft_model
+        self._dialect = dialect_of(model.tokenizer)
+        self._grammars = Grammars(model.tokenizer, max_bytes=max_grammar_bytes, max_seconds=max_grammar_seconds)
         self._loop = asyncio.get_running_loop()
         self.runner = Runner(
             model,
@@ -134,26 +161,35 @@ class Engine:
 
     async def generate(self, call: Call) -> Events:
         """Runs a call that is resolved and tokenized. Raises QueueFull at once if there is no room to wait."""
-        n = call.request.n
+        scoring = call.request.scoring
+        n = call.request.n if scoring is None else max(1, len(call.candidates))
         if n > self._max_queued:
-            raise InvalidArgument("n", f"must be at most {self._max_queued}, the places in the queue, got {n}")
-        if self._num_queued + n > self._max_queued:
-            raise QueueFull(
-                f"{self._num_queued} of {self._max_queued} places in the queue are taken",
-                retry_after=self.runner.patience(self._num_queued),
-            )
+            what = "n" if scoring is None else "candidates"
+            raise InvalidArgument(what, f"must be at most {self._max_queued}, the places in the queue, got {n}")
+        self._check_room(n)
         processors = [self._make_processors(call) for _ in range(n)]  # may raise: nothing has begun
+        constraints: list[Constraint | None] = [None] * n
+        output_format, field = call.request.output_format, None
+        chat, tools = call.request.input, self._dialect.tools
+        if output_format is None and scoring is None and isinstance(chat, ChatInput) and tools is not None:
+            output_format, field = required_calls(chat, tools), FIELD
+        if output_format is not None:
+            constraints = [*await self._grammars.constraints(output_format, n, field=field)]
+            self._check_room(n)  # others may have come meanwhile
         attempt = call.meter.begin(self.model.backend)
         attempt.usage.input_tokens = attempt.usage.output_tokens = call.meter.sent_output_tokens = 0
         stream = EventStream(_MAX_PENDING_EVENTS, on_room=self.runner.wake)
-        sequences = [self._new_sequence(call, attempt, stream, i, of_choice) for i, of_choice in enumerate(processors)]
+        if scoring is not None:
+            sequences = [self._new_scoring(call, scoring, attempt, stream, i) for i in range(n)]
+        else:
+            sequences = [self._new_sequence(call, attempt, stream, i, processors[i], constraints[i]) for i in range(n)]
         self._num_queued += n
         self.runner.add(sequences)
         try:
             unfinished = n
             while unfinished:
                 event = await stream.get()
-                unfinished -= isinstance(event, ChoiceFinish)
+                unfinished -= isinstance(event, ChoiceFinish | Scored)
                 yield event
             attempt.outcome = AttemptOutcome.COMPLETED
             yield StreamEnd()
@@ -177,11 +213,16 @@ class Engine:
         await self._settled()
 
     async def close(self) -> None:
-        """Stops the thread and frees the model. No call is running."""
-        await asyncio.to_thread(self.runner.join)
+        """Stops, and frees the model. No call is running."""
+        await self.stop()
         self.model.close()
         if self._draft_model is not None:
             self._draft_model.close()
+
+    async def stop(self) -> None:
+        """Stops the threads, and leaves the model to another engine. No call is running."""
+        await self._grammars.close()
+        await asyncio.to_thread(self.runner.join)
 
     async def _settled(self) -> None:
         """Waits until the thread has done all that was asked of it so far."""
@@ -196,15 +237,31 @@ class Engine:
             for name, parameters in call.extensions.items()
         ]
 
+    def _check_room(self, n: int) -> None:
+        if self._num_queued + n > self._max_queued:
+            raise QueueFull(
+                f"{self._num_queued} of {self._max_queued} places in the queue are taken",
+                retry_after=self.runner.speeds.patience(self._num_queued, self.model.num_slots),
+            )
+
     def _new_sequence(
-        self, call: Call, attempt: Attempt, stream: EventStream, choice: int, processors: list[LogitsProcessor]
+        self,
+        call: Call,
+        attempt: Attempt,
+        stream: EventStream,
+        choice: int,
+        processors: list[LogitsProcessor],
+        constraint: Constraint | None,
     ) -> Sequence:
         request, prompt = call.request, call.prompt
         if prompt is None:
             raise RuntimeError("a call reached the engine without being tokenized. This is a bug.")
         seed = secrets.randbits(63) if request.seed is None else request.seed
         response, stopping = request.response, request.stopping
-        return Sequence(
+        channels = channels_of(request, self._dialect, prompt.text)
+        if channels is not None and channels.num_reasoning_tokens is not None:
+            attempt.usage.reasoning_output_tokens = 0
+        sequence = Sequence(
             call=call,
             attempt=attempt,
             choice=choice,
@@ -225,10 +282,53 @@ class Engine:
             ),
             text=TextAssembler(stopping.stop_sequences, include_stop_sequence=stopping.include_stop_sequence),
             stream=stream,
-            queue_until=None
-            if request.scheduling.queue_timeout is None
-            else self._clock() + request.scheduling.queue_timeout,
+            queue_until=self._queue_until(call),
+            channels=channels,
+            constraint=constraint,
         )
+        sequence.limit_reasoning()
+        return sequence
+
+    def _new_scoring(
+        self, call: Call, scoring: Scoring, attempt: Attempt, stream: EventStream, candidate: int
+    ) -> Sequence:
+        """The sequence of one candidate, or of the prompt where there is none."""
+        assert call.prompt is not None
+        prompt_ids = call.prompt.token_ids
+        given, token_ids = prompt_ids[:1], prompt_ids[1:]
+        if call.candidates:
+            given, token_ids = prompt_ids, call.candidates[candidate]
+        scores = TokenScores(
+            token_ids,
+            num_given=len(given),
+            in_chunks=getattr(self.model, "max_scores", 0) >= self.model.chunk_alignment,
+            num_top=scoring.top_logprobs if scoring.tokens else None,
+        )
+        if scoring.tokens and not call.candidates:
+            scores.tokens.append(ScoredToken(given[0], self.model.tokenizer.token_bytes(given[0]), None))
+        tokens = [*given, *token_ids[:-1]] if scores.in_chunks else list(given)
+        return Sequence(
+            call=call,
+            attempt=attempt,
+            choice=candidate,
+            seed=0,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            max_new_tokens=0 if scores.in_chunks else len(token_ids) - 1,
+            stop_token_ids=frozenset(),
+            eos_token_ids=frozenset(),
+            sampling=SamplingState(
+                Sampling(), default_temperature=0, seed=0, choice=candidate, prompt_ids=(), num_logprobs=None
+            ),
+            text=TextAssembler((), include_stop_sequence=False),
+            stream=stream,
+            queue_until=self._queue_until(call),
+            scores=scores,
+        )
+
+    def _queue_until(self, call: Call) -> float | None:
+        timeout = call.request.scheduling.queue_timeout
+        return None if timeout is None else self._clock() + timeout
 
     def _deliver_soon(self, num_dequeued: int, events: Outbox) -> None:
         """Called on the runner's thread."""

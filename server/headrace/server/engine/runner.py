@@ -14,19 +14,23 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
-import statistics
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import structlog
 
 from headrace.backends.api import DeterminismClass, Logits, PrefixModel, Row, StepModel
-from headrace.backends.errors import BackendError, BackendUnavailable, DeadlineExceeded, QueueTimeout
+from headrace.backends.errors import (
+    BackendError,
+    BackendUnavailable,
+    DeadlineExceeded,
+    Draining,
+    HeadraceError,
+    QueueTimeout,
+)
 from headrace.backends.types import (
     ChoiceFinish,
-    Delta,
     Event,
     ExpiryAction,
     FinishReason,
@@ -35,22 +39,19 @@ from headrace.backends.types import (
     TopLogprob,
 )
 from headrace.server.engine.admission import Admission
-from headrace.server.engine.draft_model import DraftModel
 from headrace.server.engine.drafts import Draft
+from headrace.server.engine.masks import Masks, TokenMask, Wanted
 from headrace.server.engine.pace import Pacer
 from headrace.server.engine.sampler import Sampled, sample
 from headrace.server.engine.scheduler import Limits, Scheduler
-from headrace.server.engine.sequence import Sequence
+from headrace.server.engine.sequence import End, Sequence
+from headrace.server.engine.speculation import Speculation
+from headrace.server.engine.speeds import Speeds
 from headrace.server.engine.step import Chunk, Copy, Keep, Preempt, Release, SlotChange, Start
 from headrace.server.engine.stream import EventStream
-from headrace.server.engine.text import StopMatch
 
 _IDLE_CHUNK_TOKENS = 256
 """Prompt tokens of a step in which no stream runs; a cancel waits for one step."""
-_LONGEST_DRAFT = 16
-"""Guessed tokens of one sequence in a step."""
-_DEAREST_DRAFT = 0.8
-"""The price of a guess beyond which none is made: what could be gained is less than what may be lost."""
 _VOICE_SECONDS = 60.0
 _STEP_SECONDS_WITH_VOICE = 0.1
 """What a step may take for so long after a request of class VOICE came: the next one must wait for it."""
@@ -94,8 +95,6 @@ class Runner:
         """Those of them that did not have to be computed."""
         self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
         self._mixes: bool = getattr(model, "mixes", False)
-        self._max_drafts: int = getattr(model, "max_drafts", 0) if speculation else 0
-        self._draft_model = DraftModel(draft_model, clock=clock) if draft_model and self._max_drafts else None
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._outbox: Outbox = []
         self._num_dequeued = 0
@@ -103,9 +102,11 @@ class Runner:
         self._voice_until = -math.inf
         """Until when another request of class VOICE is to be expected."""
         self._closing = False
-        self._prefill_rates: deque[float] = deque(maxlen=64)
-        self._decode_rates: deque[float] = deque(maxlen=64)
+        self.speeds = Speeds()
         self._log = structlog.get_logger("headrace.engine").bind(model=model.card.name)
+        max_drafts: int = getattr(model, "max_drafts", 0) if speculation else 0
+        self._speculation = Speculation(max_drafts, draft_model, self._pacer, clock=clock, log=self._log)
+        self._masks = Masks(model.tokenizer.vocabulary_size)
         self._thread = threading.Thread(target=self._run, name=f"engine-{model.card.name}", daemon=True)
         self._thread.start()
 
@@ -122,24 +123,6 @@ class Runner:
     def num_retained_tokens(self) -> int:
         """Tokens of the cache that sequences which are over have left for others; room for whoever wants it."""
         return self._scheduler.num_retained_tokens
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Median over recent prompts, waiting for other streams' steps included."""
-        return statistics.median(self._prefill_rates) if self._prefill_rates else None
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Median over recent choices."""
-        return statistics.median(self._decode_rates) if self._decode_rates else None
-
-    def patience(self, num_waiting: int) -> float:
-        """Seconds until a refused call is worth another try: a tenth of those that wait should have gone by then."""
-        rate = self.decode_tokens_per_second
-        if rate is None:
-            return 1.0
-        seconds_per_choice = 100 / rate
-        return min(30.0, max(0.1, num_waiting / 10 * seconds_per_choice / self._model.num_slots))
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queues sequences."""
@@ -184,7 +167,7 @@ class Runner:
                     self._decode_and_prefill(step.decodes, step.chunks)
                 else:
                     if step.decodes:
-                        self._decode(step.decodes, self._draft(step.decodes))
+                        self._decode(step.decodes)
                     if step.chunks:
                         self._prefill(step.chunks)
                 idle = not step
@@ -202,6 +185,7 @@ class Runner:
 
     def _stop(self) -> None:
         self._closing = True
+        self._masks.close()
         for change in self._scheduler.give_up_retained():
             self._change(change)
 
@@ -229,21 +213,17 @@ class Runner:
 
     def _finish_all(self) -> None:
         for sequence in list(self._scheduler):
-            self._finish(sequence, FinishReason.SHUTDOWN, sequence.text.finish())
+            if sequence.scores is not None:
+                self._fail(sequence, Draining())
+            else:
+                self._finish(sequence, End(FinishReason.SHUTDOWN, sequence.rest()))
 
     def _remove(self, sequence: Sequence, *, retain: bool = True) -> None:
         if sequence.slot is None:
             self._num_dequeued += 1
         for change in self._scheduler.remove(sequence, retain=retain):
             self._change(change)
-        self._forget_drafts(sequence)
-
-    def _forget_drafts(self, sequence: Sequence) -> None:
-        if self._draft_model is not None:
-            try:
-                self._draft_model.forget(sequence)
-            except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; nobody's answer needs it
-                self._give_up_draft_model(error)
+        self._speculation.forget(sequence)
 
     def _change(self, change: SlotChange) -> None:
         """Tells the model what became of a slot."""
@@ -253,7 +233,7 @@ class Runner:
             case Preempt(sequence):
                 self.num_preemptions += 1
                 self._num_dequeued -= 1
-                self._forget_drafts(sequence)
+                self._speculation.forget(sequence)
             case Copy(source, target, num_tokens, sequence):
                 assert self._prefix_model is not None
                 self._prefix_model.copy_prefix(source, target, num_tokens)
@@ -269,7 +249,7 @@ class Runner:
         meter, usage = sequence.call.meter, sequence.attempt.usage
         if meter.started is None:
             meter.started = self._clock()
-            usage.input_tokens = sequence.num_prompt_tokens
+            usage.input_tokens = sequence.call.num_input_tokens
             if self._prefix_model is not None:
                 usage.cache_read_input_tokens = 0
         looks_up = sequence.call.request.use_prefix_cache and not sequence.was_preempted
@@ -299,47 +279,10 @@ class Runner:
         most_seconds = _STEP_SECONDS_WITH_VOICE if self._clock() < self._voice_until else math.inf
         return self._pacer.chunk_budget(decodes, len(running) - decodes, most_seconds)
 
-    def _draft(self, sequences: list[Sequence]) -> dict[Sequence, Draft]:
-        """Guesses for what comes after the sequences' tokens, where they are worth what they cost."""
-        price = self._pacer.draft_price(len(sequences)) if self._max_drafts else None
-        if price is None or price > _DEAREST_DRAFT:
-            return {}
-        drafts, left = {}, self._max_drafts
-        without = {}
-        for sequence in sequences:
-            longest = min(_LONGEST_DRAFT, left, sequence.max_new_tokens - sequence.num_output_tokens - 1)
-            draft = sequence.lookup.propose(sequence.tokens, price, longest)
-            if draft:
-                drafts[sequence] = draft
-                left -= len(draft.token_ids)
-            elif self._draft_model is not None:
-                without[sequence] = longest
-        if not (drafts or without) or not self._pacer.can_mix(len(sequences)):
-            return {}
-        return drafts | self._ask_draft_model(without, price, left, len(sequences)) if without else drafts
-
-    def _ask_draft_model(
-        self, sequences: Mapping[Sequence, int], price: float, most: int, num_decodes: int
-    ) -> dict[Sequence, Draft]:
-        token_seconds = self._pacer.token_seconds(num_decodes)
-        if self._draft_model is None or token_seconds is None:
-            return {}
-        try:
-            return self._draft_model.propose(sequences, price=price, token_seconds=token_seconds, most=most)
-        except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; nobody's answer needs it
-            self._give_up_draft_model(error)
-            return {}
-
-    def _give_up_draft_model(self, error: Exception) -> None:
-        self._log.error("draft_model_failed", exc_info=error)
-        failed, self._draft_model = self._draft_model, None
-        if failed is not None:
-            try:
-                failed.forget_all()
-            except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
-                self._log.error("release_failed", exc_info=second)
-
-    def _decode(self, sequences: list[Sequence], drafts: Mapping[Sequence, Draft]) -> None:
+    def _decode(self, sequences: list[Sequence], *, guess: bool = True) -> None:
+        # What comes after a token that is scored is known.
+        guess = guess and all(sequence.scores is None for sequence in sequences)
+        drafts = self._speculation.draft(sequences) if guess else {}
         began = self._clock()
         self._step(_decodes(sequences), drafts)
         seconds = self._clock() - began
@@ -358,7 +301,7 @@ class Runner:
         come in the next step.
         """
         if not self._pacer.can_mix(len(sequences)):
-            self._decode(sequences, {})
+            self._decode(sequences, guess=False)
             return
         began, num_tokens = self._clock(), _count_tokens(chunks)
         self._step([*_decodes(sequences), *chunks], {})
@@ -366,31 +309,53 @@ class Runner:
 
     def _step(self, chunks: list[Chunk], drafts: Mapping[Sequence, Draft]) -> None:
         """One run of the model; the sequences whose tokens are all in the cache afterwards get a new one, or several
-        where their drafts were right.
+        where their drafts were right. Those that score take what they want of the logits.
         """
-        rows, ready, num_logits = [], [], 0
+        rows, ready, scoring, num_logits = [], [], [], 0
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.end
             assert sequence.slot is not None
             guesses = drafts[sequence].token_ids if sequence in drafts else ()
             tokens = [*sequence.tokens[sequence.num_cached_tokens : end], *guesses]
-            wants_logits = end == len(sequence.tokens)
-            rows.append(Row(sequence.slot, sequence.num_cached_tokens, tokens, wants_logits, len(guesses)))
-            if wants_logits:
+            num_wanted = sequence.num_logits(end) + len(guesses)
+            rows.append(Row(sequence.slot, sequence.num_cached_tokens, tokens, num_wanted))
+            if num_wanted and sequence.scores is not None:
+                scoring.append((sequence, range(num_logits, num_logits + num_wanted)))
+            elif num_wanted:
                 ready.append((sequence, num_logits))
-                num_logits += 1 + len(guesses)
+            num_logits += num_wanted
+        self._masks.begin(_wanted_masks(ready, drafts))
         try:
             logits = self._model.step(rows)
         except Exception as error:  # noqa: BLE001  # a plugin's model may raise anything; it fails its own run alone
+            self._masks.wait()
             self._fail_all([chunk.sequence for chunk in chunks], error)
             return
+        self._masks.wait()
         for chunk in chunks:
             chunk.sequence.num_cached_tokens = chunk.end
+        for sequence, wanted in scoring:
+            self._score(logits, sequence, wanted)
         num_accepted = dict.fromkeys(drafts, 0)
         while ready:
             ready = self._sample(logits, ready, drafts, num_accepted)
         for sequence, draft in drafts.items():
-            self._learn(sequence, draft, num_accepted[sequence])
+            self._speculation.learn(sequence, draft, num_accepted[sequence])
+
+    def _score(self, logits: Logits, sequence: Sequence, rows: range) -> None:
+        """Takes the log-probabilities of the tokens that these rows of logits came before."""
+        scores = sequence.scores
+        assert scores is not None
+        try:
+            next_token = scores.take(logits, rows, self._model.tokenizer.token_bytes)
+        except BackendError as error:
+            self._fail_all([sequence], error)
+            return
+        if scores.is_complete:
+            self._emit(sequence.stream, scores.result(sequence.choice))
+            self._remove(sequence)
+        elif next_token is not None:
+            sequence.tokens.append(next_token)
 
     def _sample(
         self,
@@ -402,12 +367,19 @@ class Runner:
         """Chooses a token for each sequence from the row of logits beside it, as it would without drafts. Returns those
         whose next guess it was, with the next row: what comes after it is known, too.
         """
-        sequences = [sequence for sequence, _ in ready]
+        masks: dict[Sequence, TokenMask | None] = {}
+        for sequence, row in ready:
+            try:
+                masks[sequence] = self._mask(sequence, row)
+            except HeadraceError as error:
+                self._fail(sequence, error)
+        ready = [(sequence, row) for sequence, row in ready if sequence in masks]
         sampled = sample(
             logits,
             [row for _, row in ready],
-            [sequence.sampling for sequence in sequences],
-            [_forbidden(sequence) for sequence in sequences],
+            [sequence.sampling for sequence, _ in ready],
+            [_forbidden(sequence) for sequence, _ in ready],
+            [masks[sequence] for sequence, _ in ready],
         )
         now, going_on = self._clock(), []
         for (sequence, row), token in zip(ready, sampled, strict=True):
@@ -424,64 +396,45 @@ class Runner:
                     going_on.append((sequence, row + 1))
         return going_on
 
-    def _learn(self, sequence: Sequence, draft: Draft, num_accepted: int) -> None:
-        if draft.match is not None:
-            sequence.lookup.learn(draft, num_accepted)
-        elif self._draft_model is not None:
-            self._draft_model.learn(sequence, draft, num_accepted)
-        usage = sequence.attempt.usage
-        usage.accepted_draft_tokens = (usage.accepted_draft_tokens or 0) + num_accepted
-        usage.rejected_draft_tokens = (usage.rejected_draft_tokens or 0) + len(draft.token_ids) - num_accepted
+    def _mask(self, sequence: Sequence, row: int) -> TokenMask | None:
+        """What may be chosen from a row of logits, if not everything."""
+        constraint = sequence.active_constraint
+        return None if constraint is None else self._masks.of(constraint, row, also=sequence.opening_token)
 
     def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
-        """Takes a new token: counts it, shows what may be shown, and finishes the choice if it ends here."""
-        meter, usage, token_id = sequence.call.meter, sequence.attempt.usage, sampled.token_id
-        sequence.tokens.append(token_id)
-        usage.output_tokens = (usage.output_tokens or 0) + 1
-        meter.last_token = now
-        if meter.first_token is None:
-            meter.first_token = now
-        sequence.unsent_ids.append(token_id)
+        """Takes a new token, shows what may be shown, and finishes the choice if it ends here."""
+        token_id = sampled.token_id
         if sampled.logprob is not None:
             sequence.unsent_logprobs.append(self._logprob(sampled, sampled.logprob))
-
-        if sequence.may_stop and token_id in sequence.eos_token_ids:
-            self._finish(sequence, FinishReason.EOS_TOKEN, sequence.text.finish(), stop_token_id=token_id)
+        try:
+            accepted = sequence.accept(token_id, self._model.tokenizer.token_bytes(token_id), now)
+        except HeadraceError as error:
+            self._fail(sequence, error)
             return
-        if sequence.may_stop and token_id in sequence.stop_token_ids:
-            self._finish(sequence, FinishReason.STOP_TOKEN, sequence.text.finish(), stop_token_id=token_id)
-            return
-        text = sequence.text.push(self._model.tokenizer.token_bytes(token_id), may_stop=sequence.may_stop)
-        if isinstance(text, StopMatch):
-            self._finish(sequence, FinishReason.STOP_SEQUENCE, text.text, stop_sequence=text.stop_sequence)
-        elif sequence.num_output_tokens == sequence.max_new_tokens:
-            self._finish(sequence, FinishReason.MAX_TOKENS, text + sequence.text.finish())
+        if isinstance(accepted, End):
+            self._finish(sequence, accepted)
         else:
-            self._show(sequence, text)
+            self._show(sequence, accepted)
 
     def _show(self, sequence: Sequence, text: str) -> None:
         wants_tokens = sequence.call.request.response.token_ids or sequence.unsent_logprobs
-        if text or (wants_tokens and sequence.unsent_ids):
-            delta = Delta(sequence.choice, text, tuple(sequence.unsent_ids), tuple(sequence.unsent_logprobs))
-            sequence.unsent_ids.clear()
-            sequence.unsent_logprobs.clear()
+        if text or sequence.unsent_reasoning or sequence.unsent_calls or (wants_tokens and sequence.unsent_ids):
+            self._emit_delta(sequence, text)
+
+    def _emit_delta(self, sequence: Sequence, text: str) -> None:
+        if delta := sequence.take_delta(text):
             self._emit(sequence.stream, delta)
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        text: str,
-        *,
-        stop_sequence: str | None = None,
-        stop_token_id: int | None = None,
-    ) -> None:
-        if text or sequence.unsent_ids:
-            delta = Delta(sequence.choice, text, tuple(sequence.unsent_ids), tuple(sequence.unsent_logprobs))
-            self._emit(sequence.stream, delta)
-        finish = ChoiceFinish(sequence.choice, reason, stop_sequence, stop_token_id, sequence.seed)
+    def _finish(self, sequence: Sequence, end: End) -> None:
+        self._emit_delta(sequence, end.text)
+        reason = end.reason
+        if reason is FinishReason.EOS_TOKEN and sequence.has_calls:
+            reason = FinishReason.TOOL_CALLS
+        finish = ChoiceFinish(sequence.choice, reason, end.stop_sequence, end.stop_token_id, sequence.seed)
         self._emit(sequence.stream, finish)
-        self._note_speed(sequence)
+        if not sequence.was_preempted:
+            self._admission.saw(sequence)
+            self.speeds.saw(sequence)
         self._remove(sequence)
 
     def _expire(self) -> None:
@@ -494,7 +447,7 @@ class Runner:
                 self._fail(sequence, DeadlineExceeded("the call's deadline passed"))
             elif stopping.time_limit is not None and sequence.call.arrived + stopping.time_limit <= now:
                 if scheduling.on_expiry is ExpiryAction.PARTIAL:
-                    self._finish(sequence, FinishReason.TIME_LIMIT, sequence.text.finish())
+                    self._finish(sequence, End(FinishReason.TIME_LIMIT, sequence.rest()))
                 else:
                     self._fail(sequence, DeadlineExceeded("stopping.time_limit passed"))
             elif sequence.slot is None and sequence.queue_until is not None and sequence.queue_until <= now:
@@ -502,7 +455,7 @@ class Runner:
                     sequence,
                     QueueTimeout(
                         "scheduling.queue_timeout passed before a start",
-                        retry_after=self.patience(self._scheduler.num_waiting),
+                        retry_after=self.speeds.patience(self._scheduler.num_waiting, self._model.num_slots),
                     ),
                 )
 
@@ -545,17 +498,6 @@ class Runner:
             tuple(TopLogprob(token_id, token_bytes(token_id), p) for token_id, p in sampled.top_logprobs),
         )
 
-    def _note_speed(self, sequence: Sequence) -> None:
-        meter = sequence.call.meter
-        if meter.started is None or meter.first_token is None or meter.last_token is None or sequence.was_preempted:
-            return
-        self._admission.saw(sequence)
-        if meter.first_token > meter.started:
-            num_computed = sequence.num_prompt_tokens - sequence.num_reused_tokens
-            self._prefill_rates.append(num_computed / (meter.first_token - meter.started))
-        if sequence.num_output_tokens > 1 and meter.last_token > meter.first_token:
-            self._decode_rates.append((sequence.num_output_tokens - 1) / (meter.last_token - meter.first_token))
-
 
 def _limits(model: StepModel, prefix_model: PrefixModel | None) -> Limits:
     """``prefix_model`` is the same, if sequences may begin with what others have computed."""
@@ -565,6 +507,7 @@ def _limits(model: StepModel, prefix_model: PrefixModel | None) -> Limits:
         model.num_kv_tokens,
         model.max_chunk,
         align,
+        max_scores=getattr(model, "max_scores", 0),
         recomputes_output=model.determinism is DeterminismClass.STRICT,
     )
     if prefix_model is None:
@@ -591,6 +534,15 @@ def _decodes(sequences: Iterable[Sequence]) -> list[Chunk]:
 
 def _count_tokens(chunks: Iterable[Chunk]) -> int:
     return sum(chunk.end - chunk.sequence.num_cached_tokens for chunk in chunks)
+
+
+def _wanted_masks(ready: Iterable[tuple[Sequence, int]], drafts: Mapping[Sequence, Draft]) -> list[Wanted]:
+    """``ready`` has the first row of logits of each sequence that gets a token."""
+    return [
+        Wanted(sequence.active_constraint, row, drafts[sequence].token_ids if sequence in drafts else ())
+        for sequence, row in ready
+        if sequence.active_constraint is not None
+    ]
 
 
 def _forbidden(sequence: Sequence) -> tuple[int, ...]:

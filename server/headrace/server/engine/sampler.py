@@ -1,7 +1,8 @@
 """Chooses the next token of every row of a step.
 
-The stages, in order: logit bias, penalties, logits processors, tokens that may not come yet; then temperature, top-k,
-top-p, min-p and typical-p. Log-probabilities are those of the model, before any stage.
+The stages, in order: logit bias, penalties, logits processors, tokens that may not come yet, those that a constraint
+refuses; then temperature, top-k, top-p, min-p and typical-p. Log-probabilities are those of the model, before any of
+these.
 
 Drawing itself is done where the logits lie (``api.Logits.draw``). A choice gives it one number per token, from its own
 stream, so what it gets depends on its seed and its own logits alone.
@@ -10,6 +11,7 @@ stream, so what it gets depends on its seed and its own logits alone.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from headrace.backends.api import DrawOptions, Logits
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendError
 from headrace.backends.types import Sampling
+from headrace.server.engine.masks import TokenMask
 
 _EVERY_TOKEN = 2**63 - 1
 # What is closer to 0 is taken for these: it would overflow float32, and chooses no differently.
@@ -60,6 +63,8 @@ class SamplingState:
         self.min_p = sampling.min_p
         self.typical_p = sampling.typical_p
         self.num_logprobs = num_logprobs
+        self.forced: deque[int] = deque()
+        """Tokens that come next whatever the logits say."""
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, choice], np.uint64)))
         self._bias_ids = np.fromiter(sampling.logit_bias.keys(), np.int64, len(sampling.logit_bias))
         self._bias = np.fromiter(sampling.logit_bias.values(), np.float32, len(sampling.logit_bias))
@@ -143,13 +148,22 @@ class _Penalties:
 
 
 def sample(
-    logits: Logits, indices: Sequence[int], states: Sequence[SamplingState], forbidden: Sequence[Sequence[int]]
+    logits: Logits,
+    indices: Sequence[int],
+    states: Sequence[SamplingState],
+    forbidden: Sequence[Sequence[int]],
+    masks: Sequence[TokenMask | None] | None = None,
 ) -> list[Sampled | Exception]:
     """Chooses a token for each of the rows ``indices``. ``forbidden`` lists, row by row, the tokens that may not come
-    yet. A row whose logits processors fail gets what they raised; one that leaves nothing to choose, a BackendError.
+    yet; ``masks`` are those of the rows that have a grammar. A row whose logits processors fail gets what they raised;
+    one that leaves nothing to choose, a BackendError.
     """
+    masks = masks or [None] * len(indices)
     rows = [logits.row(index) for index in indices]
-    edited = [state.edits or len(tokens) > 0 for state, tokens in zip(states, forbidden, strict=True)]
+    edited = [
+        state.edits or len(tokens) > 0 or mask is not None
+        for state, tokens, mask in zip(states, forbidden, masks, strict=True)
+    ]
     reports = _report_logprobs(logits, indices, states, edited)
     failures: dict[int, Exception] = {}
     for i, state in enumerate(states):
@@ -159,9 +173,13 @@ def sample(
             except Exception as error:  # noqa: BLE001  # a plugin may raise anything; it fails its own row
                 failures[i] = error
             rows[i][list(forbidden[i])] = -np.inf
+            if mask := masks[i]:
+                mask.apply(rows[i])
     results: list[Sampled | Exception] = []
     for i, token_id in enumerate(_choose(logits, indices, states)):
-        if i not in failures and not math.isfinite(rows[i][token_id]):
+        if states[i].forced and i not in failures:
+            token_id = states[i].forced.popleft()
+        elif i not in failures and not math.isfinite(rows[i][token_id]):
             failures[i] = BackendError("the model gave no token: a logit is NaN or infinite, or all are forbidden")
         if i in failures:
             results.append(failures[i])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class Limits:
     recomputes_output: bool = False
     """Whether tokens that were decoded may be computed again in a chunk, and nothing after them changes
     (``DeterminismClass.STRICT``)."""
+    max_scores: int = 0
+    """Rows of logits that chunks may want beside one each (``StepModel``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ class Scheduler:
         """Tokens of a prompt that need not be computed, if it starts soon."""
         if not self._shares(sequence):
             return 0
-        common = self._slots.common(sequence.tenant, sequence.tokens, len(sequence.tokens) - 2)
+        common = self._slots.common(sequence.tenant, sequence.tokens, sequence.num_reusable_tokens)
         return max(common.values(), default=0)
 
     def has_urgent_prompt(self) -> bool:
@@ -169,10 +172,13 @@ class Scheduler:
         voices = [sequence for sequence in prompts if _urgency(sequence) == LatencyClass.VOICE]
         if voices:
             step.decodes = [sequence for sequence in step.decodes if _is_urgent(sequence)]
+        num_scores = self._limits.max_scores
         for sequence in self._in_turn(voices or prompts):
-            if chunk_budget > 0:
-                end = self._cut(sequence, chunk_budget)
+            most = _most_tokens(sequence, num_scores)
+            if chunk_budget > 0 and most >= min(self._limits.chunk_alignment + 1, sequence.num_tokens_to_run):
+                end = self._cut(sequence, min(chunk_budget, most))
                 chunk_budget -= end - sequence.num_cached_tokens
+                num_scores -= max(0, sequence.num_logits(end) - 1)
                 step.chunks.append(Chunk(sequence, end))
         return step
 
@@ -246,7 +252,7 @@ class Scheduler:
         del self._running[sequence], self._by_slot[slot]
         self._followers.pop(sequence, None)
         sequence.slot = None
-        num_tokens = self._num_shareable_tokens(sequence) if retain else 0
+        num_tokens = self._num_shareable_tokens(sequence, sequence.num_tokens_to_keep) if retain else 0
         if num_tokens == 0:
             self._slots.free(slot)
             return [Release(slot)]
@@ -314,11 +320,11 @@ class Scheduler:
         """What a sequence that has nothing in the cache can begin with now; and if an earlier one is about to have
         more of what both share, that one, and how much.
 
-        Two tokens at least are left to run, since one would be a decode. Nobody waits for a less urgent sequence.
+        Nobody waits for a less urgent sequence.
         """
         if not self._shares(sequence):
             return None, None
-        common = self._slots.common(sequence.tenant, sequence.tokens, len(sequence.tokens) - 2)
+        common = self._slots.common(sequence.tenant, sequence.tokens, sequence.num_reusable_tokens)
         found: _Found | None = None
         best = 0, False
         for slot, num_tokens in common.items():
@@ -344,27 +350,38 @@ class Scheduler:
     def _shares(self, sequence: Sequence) -> bool:
         return self._limits.prefix_block > 0 and sequence.call.request.use_prefix_cache
 
-    def _num_shareable_tokens(self, sequence: Sequence) -> int:
-        """Tokens in the cache that others can begin with."""
+    def _num_shareable_tokens(self, sequence: Sequence, most: int = sys.maxsize) -> int:
+        """Tokens in the cache, ``most`` of them, that others can begin with."""
         if not self._shares(sequence):
             return 0
-        most = len(sequence.tokens) if self._limits.shares_output else sequence.num_prompt_tokens
+        exact = len(sequence.tokens) if self._limits.shares_output else sequence.num_prompt_tokens
         block = self._limits.prefix_block
-        return min(sequence.num_cached_tokens, most) // block * block
+        return min(sequence.num_cached_tokens, exact, most) // block * block
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Where the next chunk of a prompt ends: at its end, or at a multiple of the alignment that leaves more than
         one token (a chunk of one token takes another path through attention, and would give other bits).
+
+        Attention may also work on blocks of tokens, and the one that is left over of them takes that path. So unless
+        the model is STRICT, the one beyond a multiple of the alignment comes in a chunk of just one block and itself.
         """
         align, longest = self._limits.chunk_alignment, self._limits.max_chunk
         start, total = sequence.num_cached_tokens, len(sequence.tokens)
         room = max(align, min(budget, longest) // align * align)
         if total - start <= room:
-            return total
+            leaves_one = (total - start) % align == 1 and not self._limits.recomputes_output
+            return total - align - 1 if leaves_one and total - start > align + 1 else total
         end = (start + room) // align * align
         if total - end != 1:
             return end
         return total if end - start == align else end - align
+
+
+def _most_tokens(sequence: Sequence, num_scores: int) -> int:
+    """How long a chunk may be that can have so many rows of logits beside one."""
+    if sequence.scores is None or not sequence.scores.in_chunks:
+        return sys.maxsize
+    return max(0, sequence.scores.next_place - sequence.num_cached_tokens) + num_scores + 1
 
 
 def _urgency(sequence: Sequence) -> int:

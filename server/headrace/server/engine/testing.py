@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from headrace.backends.api import Capabilities, StepModel
 from headrace.backends.types import Call, Events
-from headrace.server.engine.engine import ENGINE_CAPABILITIES, Engine
+from headrace.server.engine.engine import Engine
+from headrace.server.engine.model_options import capabilities_of
 
 _MAX_QUEUED = 100
 
@@ -34,6 +35,6 @@ async def run_in_engine(model: StepModel) -> AsyncIterator[RunningEngine]:
     """
     engine = Engine(model, clock=time.monotonic, max_queued=_MAX_QUEUED)
     try:
-        yield RunningEngine(engine, ENGINE_CAPABILITIES)
+        yield RunningEngine(engine, capabilities_of(model, {}))
     finally:
         await engine.close()

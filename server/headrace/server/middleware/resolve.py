@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from headrace.backends.api import DeterminismClass
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.types import Call, Events, Handler
+from headrace.server.engine.model_options import needed_for
 from headrace.server.registry import STRICT_OPTION, ModelRegistry, Served
 
 
@@ -37,7 +38,9 @@ def _check(call: Call, served: Served) -> None:
     request, name, backend = call.request, served.card.name, served.backend
     # Its value decides: false is what everybody honours.
     for option in sorted(request.options - served.capabilities.options - {STRICT_OPTION}):
-        raise UnsupportedOption(option, model=name, backend=backend)
+        # A whole-call model says itself what it honours.
+        needed = needed_for(option) if served.engine is not None else ""
+        raise UnsupportedOption(option, model=name, backend=backend, needed=needed)
     if request.n > served.capabilities.max_n:
         raise InvalidArgument("n", f"must be at most {served.capabilities.max_n} for {name!r}, got {request.n}")
     most = served.capabilities.max_top_logprobs

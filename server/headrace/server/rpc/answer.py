@@ -37,6 +37,11 @@ def delta_message(delta: types.Delta, *, token_ids: bool) -> pb.Delta:
         text=delta.text,
         token_ids=delta.token_ids if token_ids else (),
         logprobs=_logprob_messages(delta.logprobs),
+        reasoning_text=delta.reasoning_text or None,
+        tool_calls=[
+            pb.ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments_json=call.arguments_json)
+            for call in delta.tool_calls
+        ],
     )
 
 
@@ -57,6 +62,8 @@ class ChoiceBuilder:
     token_ids: bool
     """Whether the caller asked for them."""
     _texts: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
+    _calls: dict[int, list[types.ToolCallDelta]] = field(default_factory=dict)
     _message: pb.Choice = field(default_factory=pb.Choice)
 
     def add(self, event: types.Delta | types.ChoiceFinish) -> None:
@@ -64,6 +71,9 @@ class ChoiceBuilder:
             self._message.finish.CopyFrom(finish_message(event))
             return
         self._texts.append(event.text)
+        self._reasoning.append(event.reasoning_text)
+        for call in event.tool_calls:
+            self._calls.setdefault(call.index, []).append(call)
         if self.token_ids:
             self._message.token_ids.extend(event.token_ids)
         self._message.logprobs.extend(_logprob_messages(event.logprobs))
@@ -71,6 +81,11 @@ class ChoiceBuilder:
     def build(self, index: int) -> pb.Choice:
         self._message.index = index
         self._message.text = "".join(self._texts)
+        if reasoning := "".join(self._reasoning):
+            self._message.reasoning_text = reasoning
+        for _, deltas in sorted(self._calls.items()):
+            arguments = "".join(delta.arguments_json for delta in deltas)
+            self._message.tool_calls.add(id=deltas[0].id, name=deltas[0].name, arguments_json=arguments)
         return self._message
 
 
@@ -114,6 +129,7 @@ def _timings_message(call: types.Call, output_tokens: int | None, now: float) ->
         queue=_duration(call.arrived, meter.started),
         prefill=_duration(meter.started, meter.first_token),
         time_to_first_token=_duration(call.arrived, meter.first_token),
+        time_to_first_answer_token=_duration(call.arrived, meter.first_answer_token),
         decode=_duration(meter.first_token, meter.last_token),
         total=_duration(call.arrived, now),
     )

@@ -23,7 +23,8 @@ class ServedModel:
     is_default: bool
     determinism: DeterminismClass
     options: frozenset[str]
-    """Paths of the GenerationSpec fields that may be set, such as ``"sampling.top_k"``."""
+    """Paths of the GenerationSpec fields that may be set, such as ``"sampling.top_k"``; ``"scoring"`` for a model that
+    can score, and ScoreRequest's."""
     max_n: int
     max_top_logprobs: int
     continuous_batching: bool

@@ -13,10 +13,11 @@ from typing import Any
 from google.protobuf import duration_pb2, struct_pb2
 from google.protobuf.message import Message
 
-from headrace.backends import types
+from headrace.backends import formats, types
 from headrace.backends.errors import InvalidArgument
 from headrace.server.rpc.options import set_fields
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import scoring_pb2
 
 MAX_REQUEST_ID = 128
 MAX_TOOLS = 128
@@ -39,17 +40,22 @@ _LATENCY_CLASSES = {
     pb.LATENCY_CLASS_CHAT: types.LatencyClass.CHAT,
     pb.LATENCY_CLASS_BATCH: types.LatencyClass.BATCH,
 }
+_TOOL_CHOICE_MODES = {
+    pb.TOOL_CHOICE_MODE_AUTO: types.ToolChoiceMode.AUTO,
+    pb.TOOL_CHOICE_MODE_NONE: types.ToolChoiceMode.NONE,
+    pb.TOOL_CHOICE_MODE_REQUIRED: types.ToolChoiceMode.REQUIRED,
+}
 _EXPIRY_ACTIONS = {
     pb.EXPIRY_ACTION_PARTIAL: types.ExpiryAction.PARTIAL,
     pb.EXPIRY_ACTION_ERROR: types.ExpiryAction.ERROR,
 }
 
 
-def request_id_of(spec: pb.GenerationSpec) -> str | None:
+def request_id_of(message: pb.GenerationSpec | scoring_pb2.ScoreRequest) -> str | None:
     """The caller's label, or ``None``."""
-    if not spec.HasField("request_id"):
+    if not message.HasField("request_id"):
         return None
-    label = spec.request_id
+    label = message.request_id
     if not 1 <= len(label) <= MAX_REQUEST_ID or not label.isascii() or not label.isprintable():
         raise InvalidArgument("request_id", f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters")
     return label
@@ -68,10 +74,12 @@ def to_request(
         model=spec.model if spec.HasField("model") else None,
         sampling=_sampling(spec.sampling),
         stopping=_stopping(spec.stopping),
+        output_format=_output_format(spec.structured_output) if spec.HasField("structured_output") else None,
         response=types.ResponseOptions(
             **_given(spec.response, "logprobs", "top_logprobs", "token_ids", "echo", "usage_interval")
         ),
-        scheduling=_scheduling(spec.scheduling, default_latency_class),
+        scheduling=to_scheduling(spec.scheduling, default_latency_class),
+        reasoning=types.Reasoning(**_given(spec.reasoning, "enabled", "max_reasoning_tokens", "include_text")),
         seed=spec.determinism.seed if spec.determinism.HasField("seed") else None,
         strict=spec.determinism.strict,
         use_prefix_cache=spec.cache.prefix != pb.CACHE_MODE_BYPASS,
@@ -79,6 +87,25 @@ def to_request(
         options=options,
         **_given(spec, "n"),
     )
+
+
+def _output_format(output: pb.StructuredOutput) -> formats.OutputFormat:
+    match output.WhichOneof("format"):
+        case "json_schema":
+            return formats.JsonSchemaFormat(output.json_schema)
+        case "json_object":
+            return formats.JsonObjectFormat()
+        case "regex":
+            return formats.RegexFormat(output.regex)
+        case "choice":
+            return formats.ChoiceFormat(tuple(output.choice.texts))
+        case "lark_grammar":
+            return formats.LarkFormat(output.lark_grammar)
+        case None:
+            members = ", ".join(field.name for field in output.DESCRIPTOR.oneofs_by_name["format"].fields)
+            raise InvalidArgument("structured_output", f"must be set to one of {members}")
+        case other:
+            raise AssertionError(f"format {other!r} has no conversion. This is a bug")
 
 
 def to_input(message: Any) -> types.Input:
@@ -95,6 +122,8 @@ def to_input(message: Any) -> types.Input:
         case "chat":
             return _chat(message.chat)
         case "infill":
+            if not (message.infill.prefix or message.infill.suffix):
+                raise InvalidArgument("infill", "must have a prefix or a suffix")
             return types.InfillInput(message.infill.prefix, message.infill.suffix)
         case None:
             members = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)
@@ -129,7 +158,8 @@ def _stopping(options: pb.StoppingOptions) -> types.Stopping:
     )
 
 
-def _scheduling(options: pb.SchedulingOptions, default_latency_class: types.LatencyClass) -> types.Scheduling:
+def to_scheduling(options: pb.SchedulingOptions, default_latency_class: types.LatencyClass) -> types.Scheduling:
+    """The SchedulingOptions of a request."""
     return types.Scheduling(
         latency_class=_LATENCY_CLASSES.get(options.latency_class, default_latency_class),
         queue_timeout=_seconds("scheduling.queue_timeout", options, "queue_timeout"),
@@ -144,6 +174,7 @@ def _chat(chat: pb.ChatInput) -> types.ChatInput:
     return types.ChatInput(
         messages=tuple(_chat_message(f"chat.messages[{i}]", message) for i, message in enumerate(chat.messages)),
         tools=tuple(_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)),
+        tool_choice=_tool_choice(chat),
         template_arguments=_struct("chat.template_arguments", chat.template_arguments),
         **_given(chat, "add_generation_prompt"),
     )
@@ -170,6 +201,18 @@ def _tool(path: str, tool: pb.ToolDefinition) -> types.ToolDefinition:
     if not re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_TOOL_NAME}}}", tool.name):
         raise InvalidArgument(f"{path}.name", f"must be 1 to {MAX_TOOL_NAME} letters, digits, '_' or '-'")
     return types.ToolDefinition(name=tool.name, **_given(tool, "description", "parameters_json_schema"))
+
+
+def _tool_choice(chat: pb.ChatInput) -> types.ToolChoice:
+    if not chat.HasField("tool_choice"):
+        return types.ToolChoiceMode.AUTO
+    choice = chat.tool_choice
+    if choice.WhichOneof("choice") == "name":
+        return types.NamedTool(choice.name)
+    mode = _TOOL_CHOICE_MODES.get(choice.mode)
+    if mode is None:
+        raise InvalidArgument("chat.tool_choice", "must be set to a mode or the name of a tool")
+    return mode
 
 
 def _given(message: Message, *names: str) -> dict[str, Any]:

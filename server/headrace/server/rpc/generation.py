@@ -215,6 +215,8 @@ async def _checked_events(handler: Handler, call: Call) -> AsyncGenerator[Delta 
             if isinstance(event, StreamEnd):
                 ended = True
                 continue
+            if not isinstance(event, Delta | ChoiceFinish):
+                raise RuntimeError(f"{type(event).__name__} in the answer of a generation. This is a bug")  # noqa: TRY004
             if event.choice in finished:
                 raise RuntimeError(f"{type(event).__name__} after the finish of its choice. This is a bug")
             if isinstance(event, ChoiceFinish):

@@ -21,8 +21,9 @@ from headrace.server.rpc.generation import Generation
 from headrace.server.rpc.health import Health
 from headrace.server.rpc.models import Models
 from headrace.server.rpc.resumption import ResumableStreams
+from headrace.server.rpc.scoring import Scoring
 from headrace.server.rpc.tokenization import Tokenization
-from headrace.v1 import generation_pb2, models_pb2, tokenization_pb2
+from headrace.v1 import generation_pb2, models_pb2, scoring_pb2, tokenization_pb2
 
 DEFAULT_MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 DEFAULT_MAX_BATCH_IN_FLIGHT = 64
@@ -38,9 +39,10 @@ CLEANUP_SECONDS = 5.0
 _LONGER_THAN_ANY_GRACE = 1e9
 
 _GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+_SCORING = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
 _TOKENIZATION = tokenization_pb2.DESCRIPTOR.services_by_name["TokenizationService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
-SERVICES = tuple(service.full_name for service in (_GENERATION, _TOKENIZATION, _MODELS))
+SERVICES = tuple(service.full_name for service in (_GENERATION, _SCORING, _TOKENIZATION, _MODELS))
 
 logger = structlog.get_logger(__name__)
 
@@ -155,6 +157,7 @@ def _add_services(
                     "GenerateBatch": GenerateBatch(generation, calls, max_batch_in_flight),
                 },
             ),
+            calls.service_handler(_SCORING, {"Score": Scoring(generation).score}),
             calls.service_handler(
                 _TOKENIZATION,
                 {

@@ -16,6 +16,7 @@ from headrace.backends.types import (
     ChatInput,
     ChatMessage,
     Events,
+    GenerateRequest,
     Handler,
     InfillInput,
     Input,
@@ -50,8 +51,7 @@ class Redaction:
     def wrap(self, inner: Handler) -> Handler:
         async def handle(call: Call) -> Events:
             # In a thread: a long prompt takes a while, and other calls are waiting for the event loop.
-            redacted = await asyncio.to_thread(redact_input, call.request.input, Redactor(self._kinds))
-            call.request = replace(call.request, input=redacted)
+            call.request = await asyncio.to_thread(redact_request, call.request, Redactor(self._kinds))
             async with aclosing(inner(call)) as events:
                 async for event in events:
                     yield event
@@ -59,8 +59,24 @@ class Redaction:
         return handle
 
 
+def redact_request(request: GenerateRequest, redactor: Redactor) -> GenerateRequest:
+    """A request whose prompt has no personal data, nor have the candidates that are to be scored after it. Raises
+    InvalidArgument for token ids, which nobody here can read.
+    """
+    redacted, scoring = redact_input(request.input, redactor), request.scoring
+    if scoring is not None:
+        scoring = replace(scoring, candidates=tuple(_candidate(one, redactor) for one in scoring.candidates))
+    return replace(request, input=redacted, scoring=scoring)
+
+
+def _candidate(source: TextInput | TokenIdsInput, redactor: Redactor) -> TextInput:
+    if isinstance(source, TokenIdsInput):
+        raise InvalidArgument("candidates.token_ids", "not taken by this server, which redacts prompts; send text")
+    return TextInput(redactor.text(source.text))
+
+
 def redact_input(source: Input, redactor: Redactor) -> Input:
-    """The prompt without personal data. Raises InvalidArgument for token ids, which nobody here can read."""
+    """A prompt without personal data. Raises InvalidArgument for token ids."""
     match source:
         case TextInput(text):
             return TextInput(redactor.text(text))
