@@ -207,3 +207,25 @@ def test_outputs_that_end_are_valid(serving: Serving) -> None:
     ended = reasons.count(FinishReason.EOS_TOKEN)
     assert ended > 0.8 * len(reasons), "too few outputs ended: this test shows little"
     assert ended > 5 * len(refused), f"too many schemas are refused: {refused}"
+
+
+async def test_a_real_graph_gives_the_same_bits_with_guesses_and_without(tmp_path: Path) -> None:
+    bundle = build(tmp_path)
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "boolean"} for name in ("hello world", "hello the world", "hello")},
+        "required": ["hello world", "hello the world", "hello"],
+        "additionalProperties": False,
+    }
+
+    async def answers(calls: list[Call], *, speculation: bool) -> list[list[object]]:
+        async with running_engine(load(bundle), speculation=speculation) as engine:  # type: ignore[arg-type]
+            found = await asyncio.gather(*(read(engine, call) for call in calls))
+        return [[answer.ids(), answer.text(), answer.finish()] for answer in found]
+
+    plain = await answers([call_of(schema, seed) for seed in range(6)], speculation=False)
+    calls = [call_of(schema, seed) for seed in range(6)]
+    assert await answers(calls, speculation=True) == plain
+    assert sum(call.meter.usage().accepted_draft_tokens or 0 for call in calls) > 0, "nothing was guessed"
+    for _, text, _ in plain:
+        check(schema, str(text))
