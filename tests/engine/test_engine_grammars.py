@@ -255,7 +255,7 @@ async def test_a_queue_that_filled_up_meanwhile_is_full(monkeypatch: pytest.Monk
 async def test_a_mask_leaves_what_may_come_and_nothing_else(width: int) -> None:
     async with running() as grammars:
         (constraint,) = await grammars.constraints(RegexFormat("[b-d\x00]+"), 1)
-    masks = Masks(VOCABULARY_SIZE)
+    masks = Masks(VOCABULARY_SIZE, beside_model=True)
     row = np.random.default_rng(0).normal(size=width).astype(np.float32)
     before = row.copy()
     masks.of(constraint, 20).apply(row)
@@ -267,7 +267,8 @@ async def test_a_mask_leaves_what_may_come_and_nothing_else(width: int) -> None:
     assert np.flatnonzero(np.isfinite(row)).tolist() == [*allowed, ord("x")]
 
 
-async def test_the_masks_behind_guesses_are_those_that_come_one_by_one() -> None:
+@pytest.mark.parametrize("beside_model", [True, False])
+async def test_the_masks_behind_guesses_are_those_that_come_one_by_one(beside_model: bool) -> None:
     def allowed(mask: TokenMask) -> list[int]:
         row = np.zeros(VOCABULARY_SIZE, np.float32)
         mask.apply(row)
@@ -276,15 +277,16 @@ async def test_the_masks_behind_guesses_are_those_that_come_one_by_one() -> None
     text = b'{"a": [1, "b'
     async with running() as grammars:
         step = await grammars.constraints(schema({"type": "object"}), 3)
-    masks = Masks(VOCABULARY_SIZE)
+    masks = Masks(VOCABULARY_SIZE, beside_model=beside_model)
     try:
         wanted = [Wanted(step[0], 0, text), Wanted(step[1], len(text) + 1)]
         masks.begin(wanted)
         masks.wait()
         for i in range(len(text) + 1):
-            alone = Masks(VOCABULARY_SIZE)
+            alone = Masks(VOCABULARY_SIZE, beside_model=False)
             assert allowed(masks.of(step[0], i)) == allowed(alone.of(step[2], 0)), text[:i]
             if i < len(text):
+                step[0].accept(text[i])
                 step[2].accept(text[i])
         assert allowed(masks.of(step[1], len(text) + 1)) == [ord("{")]
     finally:

@@ -228,6 +228,7 @@ class StepModel(Model, Protocol):
       many a row wants; without it, tokens are scored one by one, as decodes.
     - ``rewinds``: true if any row may begin before the end of its slot, and what lay there is written over. Such a
       model may draft for another of the same tokenizer.
+    - ``fills_processors``: true if a step keeps every processor busy, so that nothing else is worth starting beside it.
     - ``needed_for_strict``: what it would take to be STRICT, for callers who ask for that.
     """
 

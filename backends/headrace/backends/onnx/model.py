@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class OnnxModel:
             self.num_kv_tokens,
             dtype.name,
         )
+        self.fills_processors = threads >= len(os.sched_getaffinity(0))
         self._top = Top(folder / bundle.TOP) if operators is None else None
         self._kv = KvMemory(
             num_layers=manifest.num_layers,

@@ -1,4 +1,4 @@
-"""Which tokens the constraints of a step's sequences allow, found out while the model runs."""
+"""Which tokens the constraints of a step's sequences allow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.server.engine.constraint import NUM_EXTRA_TOKENS, Constraint
 _WORD_BITS = 32
 _MIN_ROWS = 16
 _NUM_THREADS = 1
-"""The model has the processors to itself, but for this. A mask takes some 20 µs, so many are done before a step is."""
+"""A mask takes some 20 to 100 µs, so many are done before a step is."""
 
 _BYTES = np.arange(256, dtype=np.uint8)
 _CEILINGS = np.where(np.unpackbits(_BYTES[:, None], axis=1, bitorder="little"), np.inf, -np.inf).astype(np.float32)
@@ -61,7 +61,11 @@ class TokenMask:
 class Masks:
     """The masks of one step after the other. Belongs to the runner's thread; computing lets go of Python's lock."""
 
-    def __init__(self, vocabulary_size: int) -> None:
+    def __init__(self, vocabulary_size: int, *, beside_model: bool) -> None:
+        """``beside_model``: whether to compute while the model runs. Where its threads have every processor, one more
+        would stop one of them, and all others wait for that: two to three times what a mask takes.
+        """
+        self._beside_model = beside_model
         self._num_tokens = vocabulary_size
         self._num_words = -(-(vocabulary_size + NUM_EXTRA_TOKENS) // _WORD_BITS)
         self._bits = np.empty((_MIN_ROWS, self._num_words), np.uint32)
@@ -76,9 +80,10 @@ class Masks:
         """Forgets the last step's masks and starts to compute this one's. Until ``wait`` nobody else may use the
         constraints.
         """
-        self._known = {row for one in wanted for row in range(one.row, one.row + 1 + len(one.guesses))}
-        if not wanted:
+        self._known.clear()
+        if not wanted or not self._beside_model:
             return
+        self._known = {row for one in wanted for row in range(one.row, one.row + 1 + len(one.guesses))}
         self._make_room(max(self._known) + 1)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")

@@ -106,7 +106,8 @@ class Runner:
         self._log = structlog.get_logger("headrace.engine").bind(model=model.card.name)
         max_drafts: int = getattr(model, "max_drafts", 0) if speculation else 0
         self._speculation = Speculation(max_drafts, draft_model, self._pacer, clock=clock, log=self._log)
-        self._masks = Masks(model.tokenizer.vocabulary_size)
+        fills_processors: bool = getattr(model, "fills_processors", False)
+        self._masks = Masks(model.tokenizer.vocabulary_size, beside_model=not fills_processors)
         self._thread = threading.Thread(target=self._run, name=f"engine-{model.card.name}", daemon=True)
         self._thread.start()
 
