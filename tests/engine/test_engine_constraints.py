@@ -31,6 +31,7 @@ from headrace.backends.types import (
     FinishReason,
     GenerateRequest,
     LatencyClass,
+    Reasoning,
     ResponseOptions,
     Role,
     Sampling,
@@ -88,7 +89,7 @@ async def test_what_the_model_would_rather_say_is_kept_from_coming() -> None:
         (RegexFormat(r"[A-Z][a-z]{2,5}, [0-9]{3}"), r"[A-Z][a-z]{2,5}, [0-9]{3}"),
         (RegexFormat('/"\n\\\\é{3}'), '/"\n\\\\é{3}'),
         (ChoiceFormat(("yes", "no", "perhaps")), "yes|no|perhaps"),
-        (ChoiceFormat(('"a" | b', "\x00\n", "日本")), '"a" \\| b|\x00\n|日本'),
+        (ChoiceFormat(('"a" | b', "\x00\n", "\x7f", "日本")), '"a" \\| b|\x00\n|\x7f|日本'),
         (LarkFormat('start: "x" NUMBER ("," NUMBER)~2\nNUMBER: /[0-9]{1,3}/'), r"x\d{1,3}(,\d{1,3}){2}"),
         (JsonObjectFormat(), r"(?s)\{.*\}"),
     ],
@@ -177,23 +178,63 @@ def test_an_option_that_says_where_an_answer_ends_is_refused_beside_a_shape(opti
         GenerateRequest(input=TextInput("x"), stopping=stopping, output_format=JsonObjectFormat())
 
 
-@pytest.mark.parametrize("opens", ["the model", "the prompt"])
-@pytest.mark.parametrize("max_drafts", [0, 32])
-async def test_reasoning_is_free_and_the_answer_has_the_shape(opens: str, max_drafts: int) -> None:
+def reasoning(**options: Any) -> ScriptedStepModel:
+    """A model whose tokens 1 and 2 are marks around its reasoning."""
     begin, end = Mark("\x01", (1,), is_control=True), Mark("\x02", (2,), is_control=True)
-    script = "so be it, so be it, so be it\x0242 is it"
-    model = scripted(
-        answer=script if opens == "the prompt" else f"\x01{script}", max_drafts=max_drafts, seconds_per_step=0.001
-    )
+    model = scripted(**options)
     token_bytes = model.tokenizer.token_bytes
     model.tokenizer.token_bytes = lambda token_id: b"" if token_id in (1, 2) else token_bytes(token_id)
     model.tokenizer.dialect = ChatDialect(reasoning=ReasoningMarks(begin, end))
-    call = make_call("prompt" if opens == "the model" else "prompt\x01", max_new_tokens=60)
+    return model
+
+
+def ask_for_two_digits(prompt: str, **options: Any) -> Call:
+    call = make_call(prompt, max_new_tokens=60)
     chat = ChatInput((ChatMessage(Role.USER, "How many?"),))
-    call.request = replace(call.request, input=chat, output_format=RegexFormat("[0-9]{2}"))
-    answer = await answer_of(model, call)
-    assert "".join(delta.reasoning_text for delta in answer.deltas()) == "so be it, so be it, so be it"
+    call.request = replace(call.request, input=chat, output_format=RegexFormat("[0-9]{2}"), **options)
+    return call
+
+
+def reasoning_of(answer: Answer) -> str:
+    return "".join(delta.reasoning_text for delta in answer.deltas())
+
+
+@pytest.mark.parametrize("opens", ["the model", "the prompt"])
+@pytest.mark.parametrize("max_drafts", [0, 32])
+async def test_reasoning_is_free_and_the_answer_has_the_shape(opens: str, max_drafts: int) -> None:
+    script = "so be it, so be it, so be it\x0242 is it"
+    model = reasoning(
+        answer=script if opens == "the prompt" else f"\x01{script}", max_drafts=max_drafts, seconds_per_step=0.001
+    )
+    answer = await answer_of(model, ask_for_two_digits("prompt" if opens == "the model" else "prompt\x01"))
+    assert reasoning_of(answer) == "so be it, so be it, so be it"
     assert (answer.text(), answer.finish().reason) == ("42", FinishReason.EOS_TOKEN)
+
+
+async def test_a_token_that_closes_the_reasoning_and_goes_on_adds_nothing_to_the_shape() -> None:
+    model = reasoning(answer="\x01\x0242")
+    token_bytes = model.tokenizer.token_bytes
+    model.tokenizer.token_bytes = lambda token_id: {1: b"so</t", 2: b">9"}.get(token_id) or token_bytes(token_id)
+    marks = ReasoningMarks(Mark("<t>", tuple(b"<t>")), Mark("</t>", tuple(b"</t>")))
+    model.tokenizer.dialect = ChatDialect(reasoning=marks)
+    answer = await answer_of(model, ask_for_two_digits("prompt<t>"))
+    assert (reasoning_of(answer), answer.text()) == ("so", "42")
+
+
+@pytest.mark.parametrize("script", ["\x01so\x02 7\n", " \x017\n"], ids=["after reasoning", "instead of it"])
+async def test_blanks_of_the_shape_are_the_answers_also_where_the_model_may_reason(script: str) -> None:
+    call = ask_for_two_digits("prompt")
+    call.request = replace(call.request, output_format=RegexFormat(" [0-9]\n"))
+    answer = await answer_of(reasoning(answer=script), call)
+    assert (answer.text(), answer.finish().reason) == (" 7\n", FinishReason.EOS_TOKEN)
+
+
+async def test_an_answer_that_must_have_a_shape_does_not_end_before_its_reasoning_does() -> None:
+    call = ask_for_two_digits("prompt", reasoning=Reasoning(max_reasoning_tokens=20))
+    answer = await answer_of(reasoning(answer="\x01so"), call)  # then it says nothing but that it ends
+    assert reasoning_of(answer).startswith("so")
+    assert re.fullmatch("[0-9]{2}", answer.text())
+    assert EOS not in answer.ids()
 
 
 # --- guesses

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +29,9 @@ from headrace.backends.formats import (
     RegexFormat,
 )
 from headrace.backends.scripted import VOCABULARY_SIZE, ByteTokenizer
+from headrace.backends.types import Sampling
 from headrace.server.engine import grammars as module
-from headrace.server.engine.grammars import Grammars
+from headrace.server.engine.grammars import BYTES_PER_TOKEN, Grammars
 from headrace.server.engine.masks import Masks, TokenMask, Wanted
 
 SOON = 30.0
@@ -102,6 +107,12 @@ REFUSED: dict[str, tuple[OutputFormat, str]] = {
     ),
     "rules that grow exponentially": (
         LarkFormat("start: r0\n" + "".join(f"r{i}: r{i + 1} r{i + 1}\n" for i in range(40)) + 'r40: "a"'),
+        "too complex",
+    ),
+    "schemas of oneOf that overlap": (schema({"oneOf": [{"minimum": 1}, {"minimum": 2}]}), "use anyOf"),
+    "the name of a special token": (LarkFormat("start: <|im_end|>"), "special token, or is too complex$"),
+    "conditions that hinder each other": (
+        schema({"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$", "minLength": 500}),
         "too complex",
     ),
     "a token that there is not": (LarkFormat("start: <[99999]>"), "99999"),
@@ -226,6 +237,68 @@ async def test_formats_are_compiled_again_after_somebody_killed_what_tries_them_
         assert len(await grammars.constraints(RegexFormat("c"), 3)) == 3
 
 
+async def test_what_a_killed_process_left_behind_keeps_nobody_waiting() -> None:
+    async with running(max_seconds=SOON) as grammars:
+        await grammars.constraints(RegexFormat("a"), 1)
+        process = grammars._compiler._trials
+        assert process is not None
+        read_children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text
+        asked = asyncio.ensure_future(grammars.constraints(RegexFormat(".*" * 10_000), 1))
+        await until(lambda: read_children() != "")
+        fork = int(read_children())
+        await until(lambda: not os.path.lexists(f"/proc/{fork}/fd/0"))
+        os.kill(fork, signal.SIGSTOP)  # it would take for ever
+        try:
+            process.kill()
+            with pytest.raises(BackendUnavailable):
+                await asked
+        finally:
+            os.kill(fork, signal.SIGKILL)
+
+
+async def test_formats_are_compiled_again_once_there_is_room_for_another_thread_and_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError(f"can't start new thread {thread.name}")
+
+    async with running() as grammars:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(BackendUnavailable):
+                await grammars.constraints(RegexFormat("a"), 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(module.sys, "executable", "/nowhere/python")
+            with pytest.raises(BackendUnavailable):
+                await grammars.constraints(RegexFormat("a"), 1)
+        assert len(await grammars.constraints(RegexFormat("a"), 1)) == 1
+
+
+async def test_what_fails_while_it_is_closed_is_nobodys_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    began, go_on = threading.Event(), threading.Event()
+
+    def fail(self: module._Compiler, output_format: OutputFormat) -> object:
+        began.set()
+        assert go_on.wait(SOON)
+        raise BackendUnavailable("killed")
+
+    monkeypatch.setattr(module._Compiler, "compile", fail)
+    grammars = Grammars(ByteTokenizer(), max_bytes=2**26, max_seconds=1.0)
+    asked = asyncio.ensure_future(grammars.constraints(RegexFormat("a"), 1))
+    await until(began.is_set)
+    closed = asyncio.ensure_future(grammars.close())
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    go_on.set()
+    await closed
+    await asyncio.sleep(0)
+    del asked
+    gc.collect()
+    assert complaints == []
+
+
 async def test_a_queue_that_filled_up_meanwhile_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
     original = module._Compiler.compile
@@ -246,6 +319,73 @@ async def test_a_queue_that_filled_up_meanwhile_is_full(monkeypatch: pytest.Monk
         with pytest.raises(QueueFull):
             await task
         await asyncio.gather(running, waiting)
+
+
+# --- trials
+
+
+def run_trial(code: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, with what a trial needs: it forks, and lowers its own limits."""
+    given = (
+        "import os, resource, threading\n"
+        "from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper\n"
+        "from headrace.server.engine.grammar_trial import _ByteTokens, _compile, try_out\n"
+        "vocabulary = LLTokenizer(TokenizerWrapper(_ByteTokens(2, [0])), eos_token=[0])\n"
+    )
+    command = [sys.executable, "-c", given + code]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=SOON)
+
+
+def test_what_the_machine_has_no_room_for_is_not_taken_for_a_problem_of_the_grammar() -> None:
+    found = run_trial(
+        'def start(thread): raise RuntimeError("can\'t start new thread")\n'
+        "threading.Thread.start = start\n"
+        "print(try_out(vocabulary, LLMatcher.grammar_from_regex('a'), 5.0))\n"
+    )
+    assert "OSError: a grammar could not be tried out" in found.stderr, found.stdout
+
+
+def test_a_trial_that_nobody_is_left_to_kill_ends_by_itself() -> None:
+    found = run_trial("_compile(vocabulary, LLMatcher.grammar_from_regex('.*' * 10_000), 0.5)")
+    assert found.returncode == -signal.SIGXCPU, found.stderr
+
+
+async def test_a_grammar_that_would_fill_the_memory_as_it_is_followed_breaks_off() -> None:
+    async with running() as grammars:
+        (constraint,) = await grammars.constraints(RegexFormat("(.*[0-9].{40}[0-9].*){8}"), 1)
+
+    def follow() -> None:
+        for token_id in np.random.default_rng(1).choice([ord("a"), ord("1")], 1000):
+            constraint.accept(int(token_id))
+            constraint.matcher.compute_bitmask()
+
+    with pytest.raises(InvalidArgument, match="became too complex"):
+        follow()
+
+
+async def test_a_grammar_that_broke_in_one_answer_is_compiled_anew_for_the_next() -> None:
+    shape = RegexFormat("(.*[0-9].{40}[0-9].*){8}")
+    mixed = Sampling(temperature=1.0, logit_bias={ord("a"): 50.0, ord("1"): 50.0})
+    async with running_engine(scripted()) as engine:
+        with pytest.raises(InvalidArgument, match="became too complex"):
+            await read(engine, make_call(output_format=shape, sampling=mixed, seed=1, max_new_tokens=1000))
+        assert len((await read(engine, make_call(output_format=shape, max_new_tokens=4))).text()) == 4
+
+
+async def test_a_grammar_that_much_was_written_by_is_compiled_anew() -> None:
+    async with running(max_bytes=2**20) as grammars:
+        shape = RegexFormat("[a-z]+")
+        await grammars.constraints(shape, 1)
+        alone = grammars.num_bytes
+        assert alone > 0
+        grammars.note_use(shape, 2)
+        assert grammars.num_bytes == alone + 2 * BYTES_PER_TOKEN
+        grammars.note_use(shape, 2**18 // BYTES_PER_TOKEN)
+        assert grammars.num_bytes == 0
+        grammars.note_use(shape, 1)  # by one that began before
+        assert grammars.num_bytes == 0
+        await grammars.constraints(shape, 1)
+        assert grammars.num_bytes == alone
 
 
 # --- masks

@@ -128,6 +128,16 @@ async def test_stop_sequences_hold_in_the_answer_alone() -> None:
         assert reasoning_of(answer) == "Let me see."
 
 
+@pytest.mark.parametrize("tools", [(), (WEATHER,)], ids=["without tools", "with tools"])
+@pytest.mark.parametrize("said", ["Yes.\n", "Yes.\nNo."])
+async def test_a_stop_sequence_of_blanks_holds_also_at_the_end(said: str, tools: tuple[ToolDefinition, ...]) -> None:
+    for max_new_tokens in (5, 400):
+        stopping = Stopping(stop_sequences=("\n",))
+        answer, _ = await ask(said, tools=tools, stopping=stopping, max_new_tokens=max_new_tokens)
+        assert (answer.text(), answer.finish().reason) == ("Yes.", FinishReason.STOP_SEQUENCE)
+        assert (answer.finish().stop_sequence, answer.finish().stop_token_id) == ("\n", None)
+
+
 async def test_every_token_is_in_one_delta_whatever_channel_its_text_is_in() -> None:
     said = f"{THOUGHT}Yes. {CALL}"
     answer, call = await ask(said, response=ResponseOptions(token_ids=True, logprobs=True))
@@ -157,6 +167,15 @@ async def test_the_named_tool_is_called_once_with_arguments_of_its_schema(seed: 
     assert json.loads(arguments)["unit"] in {"C", "F"}
     assert answer.text() == ""
     assert answer.finish().reason is FinishReason.TOOL_CALLS
+
+
+async def test_no_argument_gets_round_its_schema_by_another_spelling_of_its_name() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    tool = ToolDefinition("set", parameters_json_schema=json.dumps(schema))
+    said = '<tool_call>\n{"name": "set", "arguments": {"\\u0061": "no number"}}\n</tool_call>'
+    answer, _ = await ask(said, tools=(tool,), choice=NamedTool("set"), sampling=Sampling(logit_bias={ord("}"): 8.0}))
+    ((_, arguments),) = calls_of(answer)
+    assert isinstance(json.loads(arguments).get("a", 0), int)
 
 
 async def test_a_tool_without_a_schema_takes_no_arguments() -> None:

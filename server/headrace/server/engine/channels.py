@@ -99,9 +99,12 @@ class _Part(enum.Enum):
 class ReasoningReader:
     """Reads reasoning, which comes first if at all. Blanks around its marks belong to them."""
 
-    def __init__(self, marks: ReasoningMarks, *, is_open: bool, may_open: bool) -> None:
-        """``is_open``: whether the prompt has opened it; ``may_open``: whether the model may do so by itself."""
+    def __init__(self, marks: ReasoningMarks, *, is_open: bool, may_open: bool, has_shape: bool = False) -> None:
+        """``is_open``: whether the prompt has opened it; ``may_open``: whether the model may do so by itself;
+        ``has_shape``: whether the answer must have one: then blanks after the closing mark are the answer's.
+        """
         self._marks = marks
+        self._next = _Part.ANSWER if has_shape else _Part.AFTER
         self._part = _Part.INSIDE if is_open else _Part.BEFORE if may_open else _Part.ANSWER
         self._begin, self._end = marks.begin.text.encode(), marks.end.text.encode()
         self._held = b""
@@ -114,9 +117,9 @@ class ReasoningReader:
 
     @property
     def opening_token(self) -> int | None:
-        """The token that would open it now."""
+        """The token that would open it now, before anything else."""
         ids = self._marks.begin.token_ids
-        return ids[0] if self._part is _Part.BEFORE and len(ids) == 1 and not self._held.strip(BLANKS) else None
+        return ids[0] if self._part is _Part.BEFORE and len(ids) == 1 and not self._held else None
 
     @property
     def closing_tokens(self) -> tuple[int, ...]:
@@ -176,7 +179,7 @@ class ReasoningReader:
 
     def _close(self) -> str:
         """The closing mark came; what is held back was before it."""
-        self._part = _Part.AFTER
+        self._part = self._next
         data, self._held = self._held, b""
         return self._decoder.decode(self._trimmer.push(data), final=True)
 
@@ -197,18 +200,19 @@ def channels_of(
         return None
     reasoning = None
     if dialect.reasoning is not None:
-        reasoning = _reasoning_reader(dialect.reasoning, chat, prompt.rstrip(), request.reasoning.enabled)
+        reasoning = _reasoning_reader(dialect.reasoning, chat, prompt.rstrip(), request)
     calls = None
     if dialect.tools is not None and chat.may_call_tools:
         calls = CallReader(dialect.tools, names={tool.name for tool in chat.tools}, new_id=new_id)
     return Channels(reasoning, calls) if reasoning or calls else None
 
 
-def _reasoning_reader(marks: ReasoningMarks, chat: ChatInput, prompt: str, enabled: bool | None) -> ReasoningReader:
-    begin, end = marks.begin.text, marks.end.text
+def _reasoning_reader(marks: ReasoningMarks, chat: ChatInput, prompt: str, request: GenerateRequest) -> ReasoningReader:
+    begin, end, has_shape = marks.begin.text, marks.end.text, request.output_format is not None
     if not chat.add_generation_prompt:  # goes on with the last message, wherever that is
         text = chat.messages[-1].text
-        return ReasoningReader(marks, is_open=text.rfind(begin) > text.rfind(end), may_open=not text)
+        is_open, may_open = text.rfind(begin) > text.rfind(end), not text
+        return ReasoningReader(marks, is_open=is_open, may_open=may_open, has_shape=has_shape)
     # Templates open the reasoning for the model, or close it, last of all.
-    may_open = enabled is not False and not prompt.endswith(end)
-    return ReasoningReader(marks, is_open=prompt.endswith(begin), may_open=may_open)
+    may_open = request.reasoning.enabled is not False and not prompt.endswith(end)
+    return ReasoningReader(marks, is_open=prompt.endswith(begin), may_open=may_open, has_shape=has_shape)

@@ -14,8 +14,6 @@ _SMOOTHING = 0.15
 _FORGETTING = 0.02
 """How far, with each draft that did not seem worth its price, its likely acceptance goes back to what it was at first:
 a text may begin to repeat itself late."""
-
-
 _FIRST_FORCED_ACCEPTANCE = 0.9
 
 

@@ -196,12 +196,16 @@ class Engine:
         except DeadlineExceeded:
             attempt.outcome = AttemptOutcome.EXPIRED
             raise
-        except HeadraceError:
+        except HeadraceError as error:
             attempt.outcome = AttemptOutcome.FAILED
+            if output_format is not None and isinstance(error, InvalidArgument):
+                self._grammars.forget(output_format)
             raise
         finally:
             if attempt.outcome is None:
                 attempt.outcome = AttemptOutcome.CANCELLED
+            if output_format is not None:
+                self._grammars.note_use(output_format, attempt.usage.output_tokens or 0)
             self.runner.drop(sequences)
             if attempt.outcome is not AttemptOutcome.COMPLETED:
                 # A step may be under way; what it adds to the usage must be there when the call is settled.

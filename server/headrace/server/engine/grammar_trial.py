@@ -8,6 +8,7 @@ asks, each line of standard output answers. Every grammar gets a fork: nothing o
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import select
@@ -18,8 +19,10 @@ from dataclasses import asdict, dataclass, replace
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=64_000)
-"""Lower than llguidance's own: what takes more to compile also takes too long to follow."""
+LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=64_000, step_lexer_fuel=20_000)
+"""Lower than llguidance's own: what takes more to compile also takes too long to follow, and what takes more at a token
+takes megabytes at each, which stay for as long as the grammar is kept.
+"""
 _MAX_BYTES = 64 * 2**20
 """Of a compiled grammar."""
 _MAX_ADDRESSES = 2**30
@@ -73,13 +76,14 @@ def check(matcher: LLMatcher) -> str | None:
 
 
 def try_out(vocabulary: LLTokenizer, grammar: str, max_seconds: float) -> Trial:
-    """Compiles a grammar in a fork, which is killed if it takes too long."""
+    """Compiles a grammar in a fork, which is killed if it takes too long. Raises OSError if it cannot even begin."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
+            os.closerange(0, 2)  # if this program is killed, nobody shall wait for what its fork holds open
             with os.fdopen(write_end, "wb") as answer:
-                answer.write(json.dumps(asdict(_compile(vocabulary, grammar))).encode())
+                answer.write(json.dumps(asdict(_compile(vocabulary, grammar, max_seconds))).encode())
         finally:
             os._exit(0)
     os.close(write_end)
@@ -88,17 +92,18 @@ def try_out(vocabulary: LLTokenizer, grammar: str, max_seconds: float) -> Trial:
         if not ready:
             os.kill(pid, signal.SIGKILL)
         text = answer.read() if ready else b""
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
     if not ready:
         return Trial(f"takes longer than {max_seconds:g} s to compile; simplify it", timed_out=True)
+    if not text and os.WIFEXITED(status):  # no grammar's doing: that would have killed it
+        raise OSError("a grammar could not be tried out")
     return Trial(**json.loads(text)) if text else Trial(TOO_COMPLEX)
 
 
-def _compile(vocabulary: LLTokenizer, grammar: str) -> Trial:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _MAX_ADDRESSES if hard == resource.RLIM_INFINITY else min(_MAX_ADDRESSES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+def _compile(vocabulary: LLTokenizer, grammar: str, max_seconds: float) -> Trial:
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, _MAX_ADDRESSES)
+    _limit(resource.RLIMIT_CPU, math.ceil(max_seconds) + 1)  # for when nobody is left to kill it
     before = _peak()
     found: list[str | None] = []
     threading.stack_size(_STACK_BYTES)
@@ -110,6 +115,11 @@ def _compile(vocabulary: LLTokenizer, grammar: str) -> Trial:
     problem = found[0] if found else TOO_COMPLEX
     num_bytes = _peak() - before
     return Trial(TOO_COMPLEX if problem is None and num_bytes > _MAX_BYTES else problem, num_bytes)
+
+
+def _limit(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _peak() -> int:

@@ -35,8 +35,29 @@ if TYPE_CHECKING:
 _MAX_REASON = 400
 """Characters of what llguidance says is wrong."""
 
+_TOO_COMPLEX = (
+    "initial lexer configuration (grammar) too big",
+    "lexer precomputation failed",
+    "fuel exhausted",
+    "Unable to determine if regex is empty",
+)
+"""What llguidance says where that is what it means."""
+
 _MATCHER_BYTES = 64 * 1024
 """What a compiled grammar takes at least."""
+
+BYTES_PER_TOKEN = 16 * 1024
+"""What a grammar is taken to grow by with each token that follows it. Most stop growing soon; the worst do not."""
+
+_NOT_NOW = "the output format could not be compiled now; try again"
+
+PLAIN_ESCAPES: JsonCompileOptions = {
+    "json_allowed_escapes": r'"\bfnrt',
+    "json_allow_general_unicode_escapes": False,
+}
+"""A name that could be written in two ways would not be kept from being a further property, of any type, in the other
+way.
+"""
 
 _JSON_OPTIONS: JsonCompileOptions = {
     "whitespace_pattern": r"( |\n[ \t]{0,32})?",
@@ -44,12 +65,10 @@ _JSON_OPTIONS: JsonCompileOptions = {
     "coerce_one_of": False,
     "item_separator": ",",
     "key_separator": ":",
-    "json_allowed_escapes": r'"\bfnrt',
-    "json_allow_general_unicode_escapes": False,
+    **PLAIN_ESCAPES,
 }
-"""A model that may write blanks without end sometimes does. A name that could be written in two ways would not be kept
-from being a further property, of any type, in the other way. What else is here a schema could set in ``x-guidance``,
-and would get what is no JSON, or not valid.
+"""A model that may write blanks without end sometimes does. What else is here a schema could set in ``x-guidance``, and
+would get what is no JSON, or not valid.
 """
 
 _FIELDS = {
@@ -61,12 +80,14 @@ _FIELDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Compiled:
     matcher: LLMatcher | None
     """At its beginning; ``None``: there is a problem."""
     problem: str | None
     num_bytes: int
+    growth: int = 0
+    """What of ``num_bytes`` came with use."""
 
 
 class Grammars:
@@ -102,6 +123,26 @@ class Grammars:
             raise InvalidArgument(field, compiled.problem or "")
         return [Constraint(compiled.matcher.deep_copy(), field) for _ in range(n)]
 
+    def note_use(self, output_format: OutputFormat, num_tokens: int) -> None:
+        """So many tokens have followed a format. Copies of a matcher share what they compute on the way, which goes with
+        the last of them: a format that may have grown much is forgotten.
+        """
+        compiled = self._kept.get(output_format)
+        if compiled is None:
+            return
+        growth = num_tokens * BYTES_PER_TOKEN
+        compiled.growth += growth
+        compiled.num_bytes += growth
+        self._num_bytes += growth
+        if compiled.growth > self._max_bytes // 4:
+            self.forget(output_format)
+        self._shrink()
+
+    def forget(self, output_format: OutputFormat) -> None:
+        """Compiles it anew for the next who asks. Where one copy of a matcher became too complex, all have."""
+        if compiled := self._kept.pop(output_format, None):
+            self._num_bytes -= compiled.num_bytes
+
     async def close(self) -> None:
         """Waits for what is being compiled. Nobody asks for more."""
         for task in self._compiling.values():
@@ -117,10 +158,10 @@ class Grammars:
         if task is None:
             task = asyncio.create_task(self._compile(output_format))
             self._compiling[output_format] = task
-            task.add_done_callback(partial(self._forget, output_format))
+            task.add_done_callback(partial(self._is_compiled, output_format))
         return await asyncio.shield(task)  # others may wait for it, too
 
-    def _forget(self, output_format: OutputFormat, task: asyncio.Task[_Compiled]) -> None:
+    def _is_compiled(self, output_format: OutputFormat, task: asyncio.Task[_Compiled]) -> None:
         del self._compiling[output_format]
         if not task.cancelled():
             task.exception()  # for when all who waited are gone: asyncio would complain that nobody asked
@@ -131,18 +172,30 @@ class Grammars:
                 await self._is_free.acquire()
         except TimeoutError:
             raise Overloaded("too many output formats are being compiled; try again", retry_after=1.0) from None
-        job = asyncio.get_running_loop().run_in_executor(self._thread, self._compiler.compile, output_format)
-        job.add_done_callback(lambda _: self._is_free.release())
+        try:
+            job = asyncio.get_running_loop().run_in_executor(self._thread, self._compiler.compile, output_format)
+        except RuntimeError as error:  # there is no room for another thread
+            self._is_free.release()
+            raise BackendUnavailable(_NOT_NOW) from error
+        job.add_done_callback(self._release)
         compiled, timed_out = await asyncio.shield(job)
         if not timed_out:  # it may have been the machine
             self._keep(output_format, compiled)
         return compiled
+
+    def _release(self, job: asyncio.Future[tuple[_Compiled, bool]]) -> None:
+        self._is_free.release()
+        if not job.cancelled():
+            job.exception()  # as above
 
     def _keep(self, output_format: OutputFormat, compiled: _Compiled) -> None:
         if compiled.num_bytes > self._max_bytes:
             return
         self._kept[output_format] = compiled
         self._num_bytes += compiled.num_bytes
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self._num_bytes > self._max_bytes:
             self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
@@ -182,16 +235,7 @@ class _Compiler:
 
     def _try_out(self, grammar: str) -> Trial:
         if self._trials is None:
-            size, eos = self._tokenizer.vocabulary_size, sorted(self._tokenizer.eos_token_ids)
-            ids = map(str, [size + NUM_EXTRA_TOKENS, *(eos or [size])])
-            # In a session of its own: Ctrl-C is for the server.
-            self._trials = subprocess.Popen(
-                [sys.executable, "-P", "-m", grammar_trial.__name__, *ids],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._trials = self._start_trials()
         assert self._trials.stdin is not None
         assert self._trials.stdout is not None
         question = {"grammar": grammar, "max_seconds": self._max_seconds}
@@ -199,11 +243,26 @@ class _Compiler:
             self._trials.stdin.write(json.dumps(question).encode() + b"\n")
             self._trials.stdin.flush()
             return Trial(**json.loads(self._trials.stdout.readline()))
-        except (OSError, ValueError) as error:  # somebody killed it
+        except (OSError, ValueError) as error:  # somebody killed it, or it could start no other
             self._trials.kill()
             self._trials.communicate()
             self._trials = None
-            raise BackendUnavailable("the output format could not be compiled now; try again") from error
+            raise BackendUnavailable(_NOT_NOW) from error
+
+    def _start_trials(self) -> subprocess.Popen[bytes]:
+        size, eos = self._tokenizer.vocabulary_size, sorted(self._tokenizer.eos_token_ids)
+        ids = map(str, [size + NUM_EXTRA_TOKENS, *(eos or [size])])
+        try:
+            # In a session of its own: Ctrl-C is for the server.
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", grammar_trial.__name__, *ids],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:  # there is no room for another process
+            raise BackendUnavailable(_NOT_NOW) from error
 
 
 def build_vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
@@ -258,7 +317,9 @@ def _grammar_of(output_format: OutputFormat) -> str:
             return LLMatcher.grammar_from_regex(pattern)
         case ChoiceFormat(texts):
             # One terminal, not a rule for each: it is compiled at once, however many they are.
-            alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            # Of what JSON leaves as it is, llguidance takes all but DEL.
+            quoted = (json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in texts)
+            alternatives = " | ".join(quoted)
             return _lark(f"start: CHOICE\nCHOICE: {alternatives}")
         case LarkFormat(grammar):
             return _lark(grammar)
@@ -276,8 +337,12 @@ def _reason(text: str) -> str:
     unsupported = re.fullmatch(r"Unimplemented keys: \[(.*)\]", text.strip())
     if unsupported:
         return f"has keywords that are not supported: {unsupported[1]}"
-    if "initial lexer configuration (grammar) too big" in text or "lexer precomputation failed" in text:
+    if "oneOf constraints are not supported" in text:
+        return "has a oneOf of schemas that might be valid for one value together; use anyOf"
+    if any(words in text for words in _TOO_COMPLEX):
         return TOO_COMPLEX
+    if text.startswith("panic: "):
+        return "cannot be compiled: it names a special token, or is too complex"
     if text.startswith(("is ", "takes ", "allows ")):  # ours
         return text
     line = " ".join(text.replace("<non-verbose/>", "").split())

@@ -217,7 +217,7 @@ class Runner:
             if sequence.scores is not None:
                 self._fail(sequence, Draining())
             else:
-                self._finish(sequence, End(FinishReason.SHUTDOWN, sequence.rest()))
+                self._finish(sequence, sequence.end(FinishReason.SHUTDOWN))
 
     def _remove(self, sequence: Sequence, *, retain: bool = True) -> None:
         if sequence.slot is None:
@@ -448,7 +448,7 @@ class Runner:
                 self._fail(sequence, DeadlineExceeded("the call's deadline passed"))
             elif stopping.time_limit is not None and sequence.call.arrived + stopping.time_limit <= now:
                 if scheduling.on_expiry is ExpiryAction.PARTIAL:
-                    self._finish(sequence, End(FinishReason.TIME_LIMIT, sequence.rest()))
+                    self._finish(sequence, sequence.end(FinishReason.TIME_LIMIT))
                 else:
                     self._fail(sequence, DeadlineExceeded("stopping.time_limit passed"))
             elif sequence.slot is None and sequence.queue_until is not None and sequence.queue_until <= now:
@@ -548,6 +548,8 @@ def _wanted_masks(ready: Iterable[tuple[Sequence, int]], drafts: Mapping[Sequenc
 
 def _forbidden(sequence: Sequence) -> tuple[int, ...]:
     """Tokens that would end a choice before it may end."""
-    if sequence.num_output_tokens >= sequence.call.request.stopping.min_new_tokens:
-        return ()
-    return (*sequence.eos_token_ids, *sequence.stop_token_ids)
+    if sequence.num_output_tokens < sequence.call.request.stopping.min_new_tokens:
+        return (*sequence.eos_token_ids, *sequence.stop_token_ids)
+    if sequence.active_constraint is not sequence.constraint:  # it reasons, and what must have a shape is to come
+        return tuple(sequence.eos_token_ids)
+    return ()

@@ -155,9 +155,9 @@ class Sequence:
         if meter.first_token is None:
             meter.first_token = now
         if self.may_stop and token_id in self.eos_token_ids:
-            return End(FinishReason.EOS_TOKEN, self.rest(token_id), stop_token_id=token_id)
+            return self.end(FinishReason.EOS_TOKEN, token_id=token_id)
         if self.may_stop and token_id in self.stop_token_ids:
-            return End(FinishReason.STOP_TOKEN, self.rest(token_id), stop_token_id=token_id)
+            return self.end(FinishReason.STOP_TOKEN, token_id=token_id)
         constraint = self.active_constraint
         if constraint is not None and token_id != self.opening_token:
             constraint.accept(token_id)
@@ -167,9 +167,9 @@ class Sequence:
         if isinstance(text, StopMatch):
             return End(FinishReason.STOP_SEQUENCE, text.text, stop_sequence=text.stop_sequence)
         if constraint is not None and constraint.is_complete:
-            return End(FinishReason.EOS_TOKEN, text + self.rest())
+            return self.end(FinishReason.EOS_TOKEN, text)
         if self.num_output_tokens == self.max_new_tokens:
-            return End(FinishReason.MAX_TOKENS, text + self.rest())
+            return self.end(FinishReason.MAX_TOKENS, text)
         return text
 
     def _read(self, token_id: int, token: bytes) -> str | StopMatch:
@@ -177,20 +177,25 @@ class Sequence:
         for the next delta.
         """
         if self.channels is not None:
+            is_free = self.constraint is not None and self.channels.is_reasoning
             token = self._split(self.channels, token_id, token)
+            if is_free:
+                token = b""  # nobody has checked what follows the closing mark in the same token
         return self.text.push(token, may_stop=self.may_stop)
 
-    def rest(self, token_id: int | None = None) -> str:
-        """Text of the answer that was held back, when the choice ends. ``token_id`` is what ended it: it is no text."""
+    def end(self, reason: FinishReason, text: str = "", *, token_id: int | None = None) -> End:
+        """Ends the choice with ``text`` and what of the answer was held back. ``token_id`` is what ended it: it is no
+        text. A stop sequence in what the channels held back, which may be blanks, came before that.
+        """
         if self.channels is None:
-            return self.text.finish()
-        if token_id is not None:
-            self._split(self.channels, token_id, b"")
+            return End(reason, text + self.text.finish(), stop_token_id=token_id)
+        answer = b"" if token_id is None else self._split(self.channels, token_id, b"")
         pieces = self.channels.finish()
         self._keep(pieces)
-        text = self.text.push(pieces.answer, may_stop=False)
-        assert isinstance(text, str)
-        return text + self.text.finish()
+        rest = self.text.push(answer + pieces.answer, may_stop=self.may_stop)
+        if isinstance(rest, StopMatch):
+            return End(FinishReason.STOP_SEQUENCE, text + rest.text, stop_sequence=rest.stop_sequence)
+        return End(reason, text + rest + self.text.finish(), stop_token_id=token_id)
 
     def take_delta(self, text: str) -> Delta | None:
         """All that no delta has carried yet, if there is anything."""

@@ -9,10 +9,11 @@ from headrace.backends.dialect import Mark, ToolSyntax
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import MAX_GRAMMAR_BYTES, LarkFormat
 from headrace.backends.types import ChatInput, NamedTool, ToolChoiceMode, ToolDefinition
+from headrace.server.engine.grammars import PLAIN_ESCAPES
 
 FIELD = "chat.tools"
 """What is to blame where the grammar cannot be compiled."""
-_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, **PLAIN_ESCAPES}
 """As ``json.dumps`` writes, and so the calls that models are trained on."""
 
 
