@@ -124,7 +124,7 @@ class Grammars:
         return [Constraint(compiled.matcher.deep_copy(), field) for _ in range(n)]
 
     def note_use(self, output_format: OutputFormat, num_tokens: int) -> None:
-        """So many tokens have followed a format. Copies of a matcher share what they compute on the way, which goes with
+        """So many tokens have followed a format. Copies of a matcher share what they compute, which goes with
         the last of them: a format that may have grown much is forgotten.
         """
         compiled = self._kept.get(output_format)
