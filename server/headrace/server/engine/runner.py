@@ -138,8 +138,15 @@ class Runner:
         self._commands.put(self._finish_all)
 
     def tell(self, callback: Callable[[], object]) -> None:
-        """Calls ``callback`` on the thread, once all that was asked before is done; not at all if it has ended."""
-        self._commands.put(callback)
+        """Calls ``callback`` on the thread, once all that was asked before is done and delivered; not at all if it has
+        ended.
+        """
+
+        def deliver_and_call() -> None:
+            self._flush()
+            callback()
+
+        self._commands.put(deliver_and_call)
 
     def wake(self) -> None:
         """Has it look again for what can run."""
