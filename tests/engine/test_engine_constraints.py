@@ -40,6 +40,7 @@ from headrace.backends.types import (
     TextInput,
 )
 from headrace.server.engine import grammars
+from headrace.server.engine.pace import Pacer
 
 PERSON = {
     "type": "object",
@@ -266,6 +267,14 @@ async def test_text_that_must_come_takes_few_steps() -> None:
     assert (usage.accepted_draft_tokens or 0) > len(text) / 2
 
 
+@pytest.fixture
+def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine is doing meanwhile."""
+    monkeypatch.setattr(Pacer, "draft_price", lambda *_: 0.1)
+    monkeypatch.setattr(Pacer, "token_seconds", lambda *_: 1.0)
+
+
+@pytest.mark.usefixtures("guesses_pay")
 async def test_a_guess_that_the_shape_refuses_is_not_made() -> None:
     # The prompt says how "cabcabc" goes on, which the shape forbids.
     call = make_call("cabcabcabc" * 4, max_new_tokens=120, output_format=RegexFormat("(cab[0-9]){30}"))
@@ -277,6 +286,7 @@ async def test_a_guess_that_the_shape_refuses_is_not_made() -> None:
     assert (usage.rejected_draft_tokens or 0) <= (usage.accepted_draft_tokens or 0) / 4
 
 
+@pytest.mark.usefixtures("guesses_pay")
 @pytest.mark.parametrize(("pattern", "are_made"), [("[a-z]{60}", True), ("[0-9]{60}", False)])
 async def test_a_second_model_guesses_within_the_shape_alone(pattern: str, are_made: bool) -> None:
     small = scripted(rewinds=True)  # it says letters, and the same ones
