@@ -326,6 +326,7 @@ def seen(answer: Answer, n: int) -> list[object]:
     return [(answer.text(i), answer.ids(i), answer.logprobs(i), answer.finish(i)) for i in range(n)]
 
 
+@pytest.mark.usefixtures("guesses_pay")
 async def test_answers_are_the_same_with_guesses_and_without_alone_and_together() -> None:
     async def together(calls: list[Call], *, speculation: bool) -> list[list[object]]:
         async with running_engine(drafting(mixes=True), speculation=speculation) as engine:
