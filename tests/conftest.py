@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,12 @@ from hypothesis import settings
 
 from headrace.backends.onnx.bundle import ModelFileError, read_manifest
 from headrace.backends.paths import default_models_dir
+from headrace.server.engine.pace import Pacer
 from tests.plugin_kit import Install, installer
+
+# The ledger of servers that are started as a user would: not the user's own.
+os.environ["HEADRACE_STATE_DIR"] = tempfile.mkdtemp(prefix="headrace-tests-")
+atexit.register(shutil.rmtree, os.environ["HEADRACE_STATE_DIR"], ignore_errors=True)
 
 # A busy machine is no failure.
 settings.register_profile("headrace", deadline=None)
@@ -34,3 +43,10 @@ def smollm2() -> Path:
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Installs a package with one plugin, given its source; gives the plugin's name."""
     return installer(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine is doing meanwhile."""
+    monkeypatch.setattr(Pacer, "draft_price", lambda *_: 0.1)
+    monkeypatch.setattr(Pacer, "token_seconds", lambda *_: 1.0)

@@ -26,6 +26,11 @@ def random_call(dice: random.Random) -> Call:
     )
 
 
+async def _read(engine: Engine, call: Call) -> None:
+    async for _ in engine.generate(call):
+        pass
+
+
 @pytest.mark.parametrize("num_calls", [2_000, pytest.param(10_000, marks=pytest.mark.soak)])
 async def test_cancels_at_random_phases_leave_nothing_behind(num_calls: int) -> None:
     dice = random.Random(3)
@@ -38,17 +43,19 @@ async def test_cancels_at_random_phases_leave_nothing_behind(num_calls: int) -> 
         nonlocal num_cancelled
         call, patience = random_call(dice), dice.random() * 0.02
 
-        async def read() -> None:
-            async for _ in engine.generate(call):
-                pass
-
         async with places:
-            task = asyncio.create_task(read())
+            task = asyncio.create_task(_read(engine, call))
             await asyncio.sleep(patience)
             num_cancelled += task.cancel()
             await asyncio.wait([task])
 
+    # All the memory there is, for as long as a storm needs to begin: whatever is more urgent takes it away.
+    batch = Scheduling(latency_class=LatencyClass.BATCH)
+    long = [make_call("long", scheduling=batch, tenant="a", max_new_tokens=1_000) for _ in range(2)]
+    fillers = [asyncio.create_task(_read(engine, call)) for call in long]
+    await until(lambda: engine.runner.num_running == len(fillers))
     await asyncio.gather(*(give_up() for _ in range(num_calls)))
+    await asyncio.gather(*fillers)
     await until(lambda: not (engine.runner.num_running or engine.num_queued))
     assert num_cancelled > num_calls / 2
     assert engine.runner.num_preemptions

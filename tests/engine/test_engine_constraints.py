@@ -40,7 +40,6 @@ from headrace.backends.types import (
     TextInput,
 )
 from headrace.server.engine import grammars
-from headrace.server.engine.pace import Pacer
 
 PERSON = {
     "type": "object",
@@ -265,13 +264,6 @@ async def test_text_that_must_come_takes_few_steps() -> None:
     assert usage.output_tokens == len(text)
     assert model.num_steps < len(text) / 2
     assert (usage.accepted_draft_tokens or 0) > len(text) / 2
-
-
-@pytest.fixture
-def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine is doing meanwhile."""
-    monkeypatch.setattr(Pacer, "draft_price", lambda *_: 0.1)
-    monkeypatch.setattr(Pacer, "token_seconds", lambda *_: 1.0)
 
 
 @pytest.mark.usefixtures("guesses_pay")

@@ -54,13 +54,6 @@ def seen(answer: Answer) -> list[object]:
     return found
 
 
-@pytest.fixture
-def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine is doing meanwhile."""
-    monkeypatch.setattr(Pacer, "draft_price", lambda *_: 0.1)
-    monkeypatch.setattr(Pacer, "token_seconds", lambda *_: 1.0)
-
-
 def make_calls() -> list[Call]:
     samplings = [Sampling(), Sampling(temperature=2.5), Sampling(temperature=2.0, repetition_penalty=1.2)]
     return [

@@ -178,3 +178,14 @@ async def test_a_drawn_answer_is_the_same_with_a_hit_and_without() -> None:
         options = {"seed": 7, "sampling": Sampling(temperature=3.0, presence_penalty=0.5)}
         cold, hit = await ask(engine, SYSTEM, **options), await ask(engine, SYSTEM, **options)
     assert (cold[0], cold[1], hit[1]) == (hit[0], 0, 128)
+
+
+async def test_what_is_cached_can_be_told_before_a_prompt_is_sent() -> None:
+    async with running_engine(scripted()) as engine:
+        assert engine.num_known_tokens(make_call(SYSTEM + "Two.")) == 0
+        await ask(engine, SYSTEM + "One.")
+        assert engine.num_known_tokens(make_call(SYSTEM + "Two.")) == 144
+        assert (await ask(engine, SYSTEM + "Two."))[1] == 144
+        assert engine.num_known_tokens(make_call(SYSTEM + "Two.", tenant="other")) == 0
+        assert engine.num_known_tokens(make_call(SYSTEM + "Two.", use_prefix_cache=False)) == 0
+        assert engine.num_known_tokens(make_call("x" + SYSTEM)) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -199,3 +201,30 @@ def test_no_tenant_ever_finds_what_another_has_sent() -> None:
         trees.put(slot, tenant, tokens)
         owner[slot] = tenant
     assert num_own > 50_000
+
+
+def test_any_thread_may_ask_what_is_there_while_the_tree_changes() -> None:
+    tree, dice, over = PrefixTree(4), random.Random(7), threading.Event()
+    stays = tuple(range(64))
+    tree.put(0, "red", stays)
+
+    def change() -> None:
+        for _ in range(20_000):
+            slot, tenant = dice.randrange(1, 8), dice.choice(("red", "blue"))
+            tree.drop(slot)
+            shared = dice.randrange(0, 65)
+            tree.put(slot, tenant, stays[:shared] + tuple(dice.randrange(3) for _ in range(dice.randrange(32))))
+        over.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    found: Counter[int] = Counter()
+    while not over.is_set():
+        assert tree.longest("red", stays) == 64
+        assert tree.longest("green", stays) == 0
+        found[tree.longest("blue", stays)] += 1
+    thread.join()
+    assert len(found) > 1
+    assert all(length % 4 == 0 and length <= 64 for length in found)
+    common = tree.common("blue", stays, 64)
+    assert tree.longest("blue", stays) == max(common.values(), default=0)

@@ -36,6 +36,7 @@ async def answers(calls: Sequence[Call], *, speculation: bool, **options: object
         return list(await asyncio.gather(*(read(engine, call) for call in calls)))
 
 
+@pytest.mark.usefixtures("guesses_pay")
 async def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
     model = drafting(answer=CHORUS)
     call = make_call(max_new_tokens=len(CHORUS) + 1)

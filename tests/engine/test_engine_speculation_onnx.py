@@ -44,6 +44,7 @@ async def answer_all(model: OnnxModel, some: list[Call], *, speculation: bool) -
         return [seen(one) for one in await asyncio.gather(*(read(engine, call) for call in some))]
 
 
+@pytest.mark.usefixtures("guesses_pay")
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["float16 cache", "int8 cache"])
 async def test_answers_have_the_same_bits_with_guesses_and_without(bundle: Path, int8_cache: bool) -> None:
     plain = await answer_all(bundles.load(bundle, int8_cache=int8_cache), calls(), speculation=False)

@@ -12,6 +12,7 @@ from headrace.server.registry import ModelState
 PAIR = {"large": {"max_drafts": 16, "seconds_per_step": 0.002}, "small": {"rewinds": True}}
 
 
+@pytest.mark.usefixtures("guesses_pay")
 async def test_a_model_that_is_not_served_itself_guesses_for_one_that_is() -> None:
     async with app_with(PAIR, models=("large",)) as app:
         plain = text_of(await events_of(app.generate, call("what comes next?")))
