@@ -23,7 +23,7 @@ class Options(BaseModel):
 class Keys:
     name, api_version, Options = "keys", API_VERSION, Options
     def __init__(self, options): ...
-    async def authenticate(self, metadata): return ANONYMOUS
+    async def authenticate(self, credentials): return ANONYMOUS
 
 @hookimpl
 def headrace_authenticators():

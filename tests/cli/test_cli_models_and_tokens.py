@@ -16,9 +16,9 @@ def run(server: FakeServer, *args: str, stdin: str | None = None) -> Result:
 
 def test_models_are_listed_in_columns(server: FakeServer):
     assert run(server, "models", "list").stdout == (
-        "MODEL     STATE  BACKEND  PARAMETERS  WEIGHTS  CONTEXT  DETERMINISM  LICENSE\n"
-        "fake-1 *  ready  fake     135M        int8     8,192    bit exact    Apache-2.0\n"
-        "bare      -      fake     -           -        16       -            -\n"
+        "MODEL     STATE  BACKEND  PARAMETERS  WEIGHTS  CONTEXT  DETERMINISM  LICENSE     TOKENS/S\n"
+        "fake-1 *  ready  fake     135M        int8     8,192    bit exact    Apache-2.0  135\n"
+        "bare      -      fake     -           -        16       -            -           -\n"
     )
 
 

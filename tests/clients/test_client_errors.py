@@ -34,6 +34,9 @@ def test_every_error_is_drawn_at_the_top_of_its_file():
     for error in HeadraceError.__subclasses__():
         assert f"─ {error.__name__} " in drawn
         assert error in errors.ERROR_BY_CODE.values()
+        for narrower in error.__subclasses__():
+            assert f"─ {narrower.__name__} " in drawn
+            assert narrower in errors.ERROR_BY_REASON.values()
 
 
 @pytest.mark.parametrize("code", errors.ERROR_BY_CODE)

@@ -68,7 +68,7 @@ async def test_a_text_gets_a_score_for_each_token(address: str) -> None:
 
 
 def test_every_field_that_a_server_takes_has_an_option() -> None:
-    fields = {"request_id", "model"}
+    fields = {"request_id", "idempotency_key", "model"}
     for name in ("response", "scheduling", "determinism", "cache"):
         fields |= {f"{name}.{field.name}" for field in ScoreRequest.DESCRIPTOR.fields_by_name[name].message_type.fields}
     of_generations = {"scheduling.on_expiry", "determinism.seed"}

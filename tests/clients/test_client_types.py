@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from headrace.client import convert, types
-from headrace.v1 import generation_pb2, models_pb2, scoring_pb2, tokenization_pb2, usage_pb2
+from headrace.client import convert, types, usage_types
+from headrace.v1 import accounting_pb2, generation_pb2, models_pb2, scoring_pb2, tokenization_pb2, usage_pb2
 
 MIRRORS = [
     (types.Usage, usage_pb2.Usage),
@@ -38,6 +38,16 @@ MIRRORS = [
     (types.ModelLimits, models_pb2.ModelLimits),
     (types.MeasuredSpeed, models_pb2.MeasuredSpeed),
     (types.SamplingDefaults, generation_pb2.SamplingOptions),
+    (types.ModelPrice, accounting_pb2.ModelPrice),
+    (usage_types.UsageTotals, accounting_pb2.UsageTotals),
+    (usage_types.UsageRow, accounting_pb2.UsageRow),
+    (usage_types.UsageReport, accounting_pb2.GetUsageResponse),
+    (usage_types.Receipt, accounting_pb2.Receipt),
+    (usage_types.Allowance, accounting_pb2.Allowance),
+    (usage_types.MoneyAllowance, accounting_pb2.Allowance),
+    (usage_types.Budget, accounting_pb2.Budget),
+    (usage_types.CostRange, accounting_pb2.CostRange),
+    (usage_types.CostEstimate, accounting_pb2.EstimateCostResponse),
 ]
 
 NAMES = [
@@ -51,12 +61,21 @@ NAMES = [
     (types.CacheStatus, generation_pb2.CacheStatus),
     (types.AttemptOutcome, usage_pb2.AttemptOutcome),
     (types.ModelState, models_pb2.ModelState),
+    (usage_types.UsageDimension, accounting_pb2.UsageDimension),
+    (usage_types.ReceiptState, accounting_pb2.ReceiptState),
 ]
+
+
+OF_TRAILERS = {"budget_warnings", "replayed"}
+OF_THE_ANSWER = {(usage_types.Budget, "currency")}
+"""Said once for all budgets."""
 
 
 @pytest.mark.parametrize(("ours", "proto"), MIRRORS, ids=lambda side: getattr(side, "__name__", ""))
 def test_a_type_has_the_fields_of_its_message(ours, proto):
-    assert [field.name for field in dataclasses.fields(ours)] == [field.name for field in proto.DESCRIPTOR.fields]
+    names = [field.name for field in dataclasses.fields(ours)]
+    names = [name for name in names if name not in OF_TRAILERS and (ours, name) not in OF_THE_ANSWER]
+    assert names == [field.name for field in proto.DESCRIPTOR.fields]
 
 
 @pytest.mark.parametrize(("ours", "proto"), NAMES, ids=lambda side: getattr(side, "__name__", ""))

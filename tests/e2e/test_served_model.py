@@ -175,7 +175,8 @@ BAD: list[tuple[str, Any, dict[str, Any], type[HeadraceError], str]] = [
     ("an empty stop string", "x", {"stop_sequences": [""]}, InvalidArgumentError, "stop_sequences[0]"),
     ("too many choices", "x", {"n": 1000}, InvalidArgumentError, "n"),
     ("top_logprobs alone", "x", {"top_logprobs": 3}, InvalidArgumentError, "top_logprobs"),
-    ("an idempotency key", "x", {"idempotency_key": "k"}, UnsupportedOptionError, "idempotency_key"),
+    ("an empty idempotency key", "x", {"idempotency_key": ""}, InvalidArgumentError, "idempotency_key"),
+    ("an extension", "x", {"extensions": {"nobody": {}}}, UnsupportedOptionError, "extensions['nobody']"),
 ]
 
 

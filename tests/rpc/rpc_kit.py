@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from prometheus_client import CollectorRegistry, generate_latest
 
 from headrace.backends.api import DeterminismClass, Encoding, ModelCard
+from headrace.backends.components import PriceSource
 from headrace.backends.errors import ModelNotFound
 from headrace.backends.types import (
     Attempt,
@@ -31,6 +33,10 @@ from headrace.backends.types import (
     TextInput,
     TokenIdsInput,
 )
+from headrace.server.accounting.accounting import Accounting
+from headrace.server.accounting.accounts import Accounts
+from headrace.server.accounting.expectations import Expectations
+from headrace.server.accounting.prices import Prices
 from headrace.server.metrics import Metrics
 from headrace.server.registry import ModelState
 from headrace.server.rpc.application import ServedModel
@@ -75,7 +81,7 @@ class TinyModel:
         default_factory=lambda: ModelCard(name="tiny", context_length=64, digest="sha256:00", architecture="bytes")
     )
     backend: str = "scripted"
-    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    tokenizer: ByteTokenizer | None = field(default_factory=ByteTokenizer)
     determinism: DeterminismClass = DeterminismClass.BIT_EXACT
 
     def close(self) -> None: ...
@@ -102,6 +108,9 @@ class TinyApplication:
     draining: bool = False
     served: Sequence[ServedModel] = (SERVED,)
     front_error: Exception | None = None
+    price_sources: Sequence[PriceSource] = ()
+    tokenizes: bool = True
+    """Whether its model has a tokenizer."""
     calls: list[Call] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a generation has been closed, in whatever way."""
@@ -137,7 +146,7 @@ class TinyApplication:
         async def handle(call: Call) -> Events:
             if self.front_error is not None:
                 raise self.front_error
-            call.principal = Principal(call.metadata.get("tenant", "anonymous"))
+            call.principal = Principal(call.credentials.metadata.get("tenant", "anonymous"))
             if resolve_model:
                 self._resolve(call)
             async with aclosing(inner(call)) as events:
@@ -145,6 +154,35 @@ class TinyApplication:
                     yield event
 
         return handle
+
+    def prepared(self, inner: Handler) -> Handler:
+        async def handle(call: Call) -> Events:
+            self._resolve(call)
+            text = call.request.input.text if isinstance(call.request.input, TextInput) else ""
+            call.prompt = Prompt(text, tuple(text.encode()) if self.tokenizes else ())
+            call.max_new_tokens = call.request.stopping.max_new_tokens or 10
+            async with aclosing(inner(call)) as events:
+                async for event in events:
+                    yield event
+
+        return self.front(handle, resolve_model=False)
+
+    def within_rate_limits(self, principal: Principal, tokens: int) -> bool:
+        return True
+
+    def num_known_tokens(self, call: Call) -> int:
+        return 0
+
+    @property
+    def accounting(self) -> Accounting:
+        """Nothing is written down."""
+        return Accounting(
+            clock=time.time_ns,
+            accounts=Accounts(ledger=None, plans={}, default_plan=None, clock=time.time_ns),
+            prices=Prices(self.price_sources, [], currency="USD", clock=time.time_ns),
+            expectations=Expectations(),
+            ledger=None,
+        )
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:
         return () if principal.tenant == "poor" else self.served
@@ -156,7 +194,7 @@ class TinyApplication:
     def _resolve(self, call: Call) -> None:
         if call.request.model not in (None, "tiny"):
             raise ModelNotFound(call.request.model, ("tiny",))
-        call.model = TinyModel()
+        call.model = TinyModel() if self.tokenizes else TinyModel(tokenizer=None)
 
 
 def begin(call: Call) -> Attempt:

@@ -286,9 +286,9 @@ async def test_text_metadata_reaches_the_call_and_repeated_keys_are_joined():
         metadata = (("tenant", "a"), ("tenant", "b"), ("thing-bin", b"\x00\xff"))
         await served.generation.Generate(pb.GenerateRequest(spec=spec()), metadata=metadata)
         [call] = served.application.calls
-    assert call.metadata["tenant"] == "a,b"
-    assert "thing-bin" not in call.metadata
-    assert all(isinstance(value, str) and key == key.lower() for key, value in call.metadata.items())
+    assert call.credentials.metadata["tenant"] == "a,b"
+    assert "thing-bin" not in call.credentials.metadata
+    assert all(isinstance(value, str) and key == key.lower() for key, value in call.credentials.metadata.items())
 
 
 async def test_a_finished_call_is_one_log_line_without_text_or_metadata():

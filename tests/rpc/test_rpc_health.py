@@ -26,6 +26,7 @@ async def test_the_server_and_each_of_its_services_are_serving():
         "headrace.v1.ScoringService",
         "headrace.v1.TokenizationService",
         "headrace.v1.ModelService",
+        "headrace.v1.UsageService",
     )
 
 

@@ -19,11 +19,18 @@ SAMPLES = {
     errors.Overloaded: errors.Overloaded("too much", retry_after=0.5),
     errors.QueueFull: errors.QueueFull("the queue is full", retry_after=1.5),
     errors.QueueTimeout: errors.QueueTimeout("waited too long", retry_after=2),
+    errors.RateLimited: errors.RateLimited("too often", subject="key:k", retry_after=1),
+    errors.BudgetHeld: errors.BudgetHeld("others have it", subject="tenant:t", retry_after=0.25),
+    errors.BudgetSpent: errors.BudgetSpent("all is spent", subject="tenant:t"),
     errors.Loading: errors.Loading("tiny", retry_after=2.5),
     errors.Draining: errors.Draining(retry_after=3),
     errors.DeadlineExceeded: errors.DeadlineExceeded("too late"),
     errors.StreamNotFound: errors.StreamNotFound("it is gone"),
     errors.StreamAborted: errors.StreamAborted("it was taken over"),
+    errors.AnswerExpired: errors.AnswerExpired("it is no longer kept"),
+    errors.ReceiptNotFound: errors.ReceiptNotFound("there is none"),
+    errors.NoLedger: errors.NoLedger(),
+    errors.LedgerUnavailable: errors.LedgerUnavailable(retry_after=2),
     errors.BackendError: errors.BackendError("it broke"),
     errors.BackendUnavailable: errors.BackendUnavailable("it is away"),
 }
@@ -36,15 +43,32 @@ CODES = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueTimeout: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.BudgetHeld: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.BudgetSpent: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Loading: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.StreamNotFound: grpc.StatusCode.NOT_FOUND,
     errors.StreamAborted: grpc.StatusCode.ABORTED,
+    errors.AnswerExpired: grpc.StatusCode.ALREADY_EXISTS,
+    errors.ReceiptNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.NoLedger: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.LedgerUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.BackendError: grpc.StatusCode.INTERNAL,
     errors.BackendUnavailable: grpc.StatusCode.UNAVAILABLE,
 }
-RETRYABLE = (errors.Overloaded, errors.QueueFull, errors.QueueTimeout, errors.Loading, errors.Draining)
+QUOTAS = (errors.RateLimited, errors.BudgetHeld, errors.BudgetSpent)
+RETRYABLE = (
+    errors.Overloaded,
+    errors.QueueFull,
+    errors.QueueTimeout,
+    errors.RateLimited,
+    errors.BudgetHeld,
+    errors.Loading,
+    errors.Draining,
+    errors.LedgerUnavailable,
+)
 
 
 def subclasses(cls: type) -> set[type]:
@@ -83,7 +107,13 @@ async def test_every_error_reaches_the_client_with_its_code_and_details(cls):
         assert trailers["grpc-retry-pushback-ms"] == str(int(milliseconds))
     else:
         assert "RetryInfo" not in details
-        assert "grpc-retry-pushback-ms" not in trailers
+        # gRPC's retry policies are told not to try again where they would.
+        never = "-1" if CODES[cls] is grpc.StatusCode.RESOURCE_EXHAUSTED else None
+        assert trailers.get("grpc-retry-pushback-ms") == never
+    if cls in QUOTAS:
+        assert details["QuotaFailure"].violations[0].subject == SAMPLES[cls].subject
+    else:
+        assert "QuotaFailure" not in details
 
 
 async def test_an_invalid_field_is_named_from_the_root_of_the_request():

@@ -14,6 +14,7 @@ from headrace.backends.errors import Unauthenticated
 from headrace.backends.types import (
     Call,
     ChoiceFinish,
+    Credentials,
     Delta,
     Event,
     FinishReason,
@@ -35,16 +36,19 @@ class TwoTenants:
 
     _tenants: Mapping[str, str] = {"Bearer a": "tenant-a", "Bearer b": "tenant-b"}
 
-    async def authenticate(self, metadata: Mapping[str, str]) -> Principal:
-        tenant = self._tenants.get(metadata.get("authorization", ""))
+    async def authenticate(self, credentials: Credentials) -> Principal:
+        tenant = self._tenants.get(credentials.metadata.get("authorization", ""))
         if tenant is None:
             raise Unauthenticated("no or unknown credentials")
         return Principal(tenant)
 
 
 def settings(scripts: Mapping[str, Mapping[str, Any]] | None = None, **options: Any) -> Settings:
-    """Settings of a server with scripted models; by default one that says letters. ``options`` are other settings."""
+    """Settings of a server with scripted models; by default one that says letters, and no ledger. ``options`` are other
+    settings.
+    """
     options.setdefault("plugins", ("scripted",))
+    options.setdefault("ledger", None)
     backends = {"scripted": {"models": scripts or {"letters": {}}}} | options.pop("backends", {})
     return Settings(models_dir=Path("unused"), backends=backends, **options)
 
@@ -66,7 +70,7 @@ def call(source: Input | str = "prompt", *, metadata: Mapping[str, str] | None =
         request=GenerateRequest(input=source, **request),
         request_id=f"call-{next(_numbers)}",
         arrived=time.monotonic(),
-        metadata=metadata or {},
+        credentials=Credentials(metadata or {}),
     )
 
 

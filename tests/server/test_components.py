@@ -28,9 +28,9 @@ from headrace.backends.types import (
     TokenIdsInput,
     Usage,
 )
+from headrace.server.accounting.charges import charge_nanos
 from headrace.server.app import App
 from headrace.server.config import SettingsError
-from headrace.server.middleware.pricing import charge_nanos
 from headrace.server.plugins import PluginError
 from headrace.server.registry import ModelState
 from tests.plugin_kit import Install
@@ -57,9 +57,9 @@ class Keys:
         model_config = ConfigDict(extra="forbid")
         tenants: dict[str, str]
     def __init__(self, options): self.tenants = options.tenants
-    async def authenticate(self, metadata):
+    async def authenticate(self, credentials):
         try:
-            return Principal(self.tenants[metadata.get("authorization", "")])
+            return Principal(self.tenants[credentials.metadata.get("authorization", "")])
         except KeyError:
             raise Unauthenticated("unknown key") from None
 
@@ -278,13 +278,14 @@ async def test_a_call_costs_what_it_used_however_it_ends(plugins: dict[str, Any]
         {"letters": {}, "free": {}},
         plugins=("price_table", *plugins["plugins"]),
         price_sources={"table": PRICES},
+        currency="EUR",
         usage_sinks={"sink": {}},
     ) as app:
         made = call("four", model="letters", stopping=Stopping(max_new_tokens=3))
         await events_of(app.generate, made)
         # 4 x 0.5 and 3 x 2 millionths.
-        assert made.meter.cost == Cost(currency="EUR", charge_nanos=8000, price_id="2026-11", estimated=False)
-        assert [attempt.price_id for attempt in made.meter.attempts] == ["2026-11"]
+        assert made.meter.cost == Cost(currency="EUR", charge_nanos=8000, price_id="2026-11/letters", estimated=False)
+        assert [attempt.price_id for attempt in made.meter.attempts] == ["2026-11/letters"]
         left = call("four", model="letters")
         cancelled = app.generate(left)
         async with aclosing(cancelled):
@@ -324,8 +325,11 @@ def test_each_kind_of_token_is_rounded_once_half_up(usage: Usage, expected: int)
 def test_prices_that_cannot_be_are_refused_by_name() -> None:
     for change, problem in (
         ({"currency": "euro"}, "price_sources.table.currency: String should match pattern"),
-        ({"models": {"m": {"input": -1, "output": 1}}}, "price_sources.table.models.m.input: Input should be greater"),
-        ({"models": {"m": {"input": 1}}}, "price_sources.table.models.m.output: Field required"),
+        (
+            {"models": {"m": {"input": -1, "output": 1}}},
+            "price_sources.table.models.m.0.input: Input should be greater",
+        ),
+        ({"models": {"m": {"input": 1}}}, "price_sources.table.models.m.0.output: Field required"),
     ):
         tables = {"table": PRICES | change}
         assert problem in refused(plugins=("scripted", "price_table"), price_sources=tables)

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 from server_kit import app_with, call, events_of
 
 from headrace.backends.errors import PermissionDenied
-from headrace.backends.types import Call, LatencyClass, Principal, Scheduling
+from headrace.backends.types import Call, Credentials, LatencyClass, Principal, Scheduling
 from headrace.server.app import App
 
 VOICE, CHAT, BATCH = LatencyClass.VOICE, LatencyClass.CHAT, LatencyClass.BATCH
@@ -18,7 +16,7 @@ class Entitles:
     def __init__(self, *latency_classes: LatencyClass) -> None:
         self._latency_classes = frozenset(latency_classes)
 
-    async def authenticate(self, metadata: Mapping[str, str]) -> Principal:
+    async def authenticate(self, credentials: Credentials) -> Principal:
         return Principal("tenant-a", latency_classes=self._latency_classes)
 
 

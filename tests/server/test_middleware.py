@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
@@ -23,6 +24,7 @@ from headrace.backends.types import (
     Call,
     ChatInput,
     ChatMessage,
+    Credentials,
     Delta,
     Events,
     FinishReason,
@@ -35,8 +37,10 @@ from headrace.backends.types import (
     StreamEnd,
     TokenIdsInput,
 )
+from headrace.server.accounting.accounts import Accounts
 from headrace.server.middleware.authentication import AllowAnonymous, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
+from headrace.server.middleware.limits import RateLimits
 
 BOTH = {"letters": {}, "whole": {"kind": "call", "answer": "Hello"}}
 
@@ -113,7 +117,7 @@ async def test_without_an_authenticator_everybody_is_the_anonymous_tenant() -> N
     async with app_with() as app:
         await events_of(app.generate, made := call(metadata={"authorization": "Bearer a"}))
     assert made.principal == ANONYMOUS
-    assert await AllowAnonymous().authenticate({}) == ANONYMOUS
+    assert await AllowAnonymous().authenticate(Credentials()) == ANONYMOUS
 
 
 async def test_strangers_learn_nothing_of_the_models() -> None:
@@ -139,7 +143,11 @@ async def test_a_layer_closes_what_it_iterates() -> None:
         finally:
             closed.set()
 
-    handler = authenticate(CallCeiling(1, lambda: False).limit(inner), authenticator=AllowAnonymous())
+    accounts = Accounts(ledger=None, plans={}, default_plan=None, clock=time.time_ns)
+    limited = RateLimits(accounts.terms, clock=time.monotonic).limit(
+        CallCeiling(1, lambda: False).limit(inner), streams=True
+    )
+    handler = authenticate(limited, authenticator=AllowAnonymous(), accounts=accounts)
     events = handler(call())
     await anext(events)
     await events.aclose()

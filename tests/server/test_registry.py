@@ -70,7 +70,7 @@ async def test_a_model_can_be_called_once_it_is_loaded_and_one_that_fails_does_n
     backend.let_in.set()
     await loading
     assert [served.state for served in registry] == [ModelState.READY, ModelState.FAILED, ModelState.READY]
-    assert registry.default_name == "second"
+    assert registry.default_for(None) == "second"
     assert registry.find(None) is registry.find("second")
     with pytest.raises(BackendUnavailable) as failed:
         registry.find("bad")

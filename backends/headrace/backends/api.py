@@ -65,7 +65,11 @@ class Encoding:
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back. Safe to call from several threads."""
+    """Text to tokens and back. Safe to call from several threads.
+
+    One whose ``encode`` takes less than 0.1 ms for short texts may say so by ``quick_characters``, an ``int``: texts of
+    up to so many are then encoded on the event loop.
+    """
 
     vocabulary_size: int
     eos_token_ids: frozenset[int]

@@ -9,8 +9,9 @@ if the operator gives them a table, such as ``[middleware.<name>]``, empty or no
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from headrace.backends.api import Tokenizer
-from headrace.backends.types import Attempt, Cost, Handler, Principal, Usage
+from headrace.backends.types import Attempt, Cost, Credentials, Handler, Principal, Usage
 
 
 class Component(Protocol):
@@ -37,8 +38,8 @@ class Component(Protocol):
 class Authenticator(Component, Protocol):
     """Verifies a caller: ``[authenticators.<name>]``, one at most."""
 
-    async def authenticate(self, metadata: Mapping[str, str]) -> Principal:
-        """Who sent a call with this metadata (lower-case keys). Raises ``Unauthenticated``."""
+    async def authenticate(self, credentials: Credentials) -> Principal:
+        """Who sent a call with these. Raises ``Unauthenticated``."""
 
 
 class Place(enum.Enum):
@@ -93,13 +94,30 @@ class Price:
     """``None``: as other input."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedPrice:
+    """An entry of a price book."""
+
+    provider: str | None
+    """Who provides the model, such as ``"openai"``; ``None``: it holds for whatever backend has the model."""
+    model: str
+    price: Price
+    effective_from: datetime | None = None
+    """Aware. ``None``: always."""
+    source: str = ""
+    """Where it was read, such as ``"genai-prices 0.2.3"``."""
+
+
 class PriceSource(Component, Protocol):
     """Knows prices: ``[price_sources.<name>]``. The first source that knows a model's is believed."""
 
-    def price(self, backend: str, model: str) -> Price | None:
-        """The price that applies now; ``None`` if it knows none. Asked once a call, on the event loop: it must not
-        block. What it raises ends the call, before anything is used.
+    def price(self, backend: str, model: str, at: datetime) -> Price | None:
+        """The price that applies to a call which begins ``at`` (aware, UTC); ``None`` if it knows none. Asked once a
+        call, on the event loop: it must not block. What it raises ends the call, before anything is used.
         """
+
+    def prices(self) -> Sequence[ListedPrice]:
+        """All that it knows, to be listed; may be none."""
 
 
 class UsageSink(Component, Protocol):

@@ -8,12 +8,19 @@
     ├── PermissionDenied         the caller is known, and may not
     ├── Overloaded               no room now; worth another try
     │   ├── QueueFull            the queue is at its limit
-    │   └── QueueTimeout         it waited as long as it was allowed to
+    │   ├── QueueTimeout         it waited as long as it was allowed to
+    │   ├── RateLimited          the caller has had its share of this minute
+    │   └── BudgetHeld           what is left of the budget is held for calls that run
+    ├── BudgetSpent              what is left of the budget is too little
     ├── Loading                  the model is not ready yet
     ├── Draining                 the server is stopping
     ├── DeadlineExceeded         the caller's deadline or time limit passed
     ├── StreamNotFound           there is no such stream to resume, or no longer
     ├── StreamAborted            somebody else has resumed or cancelled the stream
+    ├── AnswerExpired            the answer to this idempotency key is no longer kept
+    ├── ReceiptNotFound          the ledger has no such call
+    ├── NoLedger                 the server keeps no ledger
+    ├── LedgerUnavailable        the ledger cannot be written or read now
     └── BackendError             the backend failed
         └── BackendUnavailable   … in a way that may pass
 
@@ -87,6 +94,30 @@ class QueueTimeout(Overloaded):
     """It waited as long as it was allowed to."""
 
 
+class RateLimited(Overloaded):
+    """The caller has had its share of this minute. ``subject`` is whose limit it is, such as ``"tenant:acme"``."""
+
+    def __init__(self, message: str, *, subject: str, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.subject = subject
+
+
+class BudgetHeld(Overloaded):
+    """What is left of the budget is held for calls that run; some of it comes back when they end."""
+
+    def __init__(self, message: str, *, subject: str, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.subject = subject
+
+
+class BudgetSpent(HeadraceError):
+    """What is left of the budget is too little, and stays so until the month ends. ``subject`` as in RateLimited."""
+
+    def __init__(self, message: str, *, subject: str) -> None:
+        super().__init__(message)
+        self.subject = subject
+
+
 class Loading(HeadraceError):
     """The model is not ready yet. ``retry_after`` is in seconds."""
 
@@ -113,6 +144,31 @@ class StreamNotFound(HeadraceError):
 
 class StreamAborted(HeadraceError):
     """Somebody else has resumed or cancelled the stream."""
+
+
+class AnswerExpired(HeadraceError):
+    """The answer to this idempotency key is no longer kept; what it cost stays posted."""
+
+
+class ReceiptNotFound(HeadraceError):
+    """The ledger has no such call."""
+
+
+class NoLedger(HeadraceError):
+    """The server keeps no ledger."""
+
+    def __init__(self) -> None:
+        super().__init__("this server keeps no ledger: its operator has set ledger = none")
+
+
+class LedgerUnavailable(HeadraceError):
+    """The ledger cannot be written or read now, so nothing is served that could not be billed. ``retry_after`` is in
+    seconds.
+    """
+
+    def __init__(self, *, retry_after: float = 1.0) -> None:
+        super().__init__("the ledger is not available; try again")
+        self.retry_after = retry_after
 
 
 class BackendError(HeadraceError):

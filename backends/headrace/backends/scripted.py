@@ -123,6 +123,7 @@ class ByteTokenizer:
     """Every byte is a token; token 256 is the end of sequence."""
 
     vocabulary_size = VOCABULARY_SIZE
+    quick_characters = 256
     eos_token_ids = frozenset({EOS})
 
     def __init__(self, *, calls_tools: bool = False) -> None:

@@ -34,6 +34,8 @@ class HuggingFaceTokenizer:
     encoding lets go of the interpreter's lock.
     """
 
+    quick_characters = 256
+
     def __init__(
         self,
         tokenizer_json: str,

@@ -289,6 +289,8 @@ class GenerateRequest:
 
     input: Input
     model: str | None = None
+    idempotency_key: str | None = None
+    """Names the answer: the same request under the same key is answered once."""
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     n: int = 1
@@ -300,6 +302,8 @@ class GenerateRequest:
     seed: int | None = None
     strict: bool = False
     """Whether it takes no answer but of a model whose class is STRICT."""
+    clamp_to_budget: bool = False
+    """Whether ``max_new_tokens`` may be lowered to what the budget covers."""
     use_prefix_cache: bool = True
     """Whether it may read what earlier requests of its tenant computed, and leave what it computes to later ones."""
     extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -307,6 +311,10 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, MAX_CHOICES)
+        key = self.idempotency_key
+        if key is not None and not (1 <= len(key) <= MAX_IDEMPOTENCY_KEY and key.isascii() and key.isprintable()):
+            problem = f"must be 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters"
+            raise InvalidArgument("idempotency_key", problem)
         if self.output_format is not None:
             problem = "cannot go with structured_output, whose shape says where an answer ends"
             if self.stopping.ignore_eos:
@@ -322,6 +330,7 @@ class GenerateRequest:
 
 
 MAX_CHOICES = 16
+MAX_IDEMPOTENCY_KEY = 128
 MAX_CANDIDATES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_SEQUENCES = 16
@@ -504,6 +513,8 @@ class Cost:
     """ISO 4217."""
     charge_nanos: int
     """What the tenant pays."""
+    cost_nanos: int | None = None
+    """What the provider bills the operator; ``None``: not known."""
     price_id: str
     estimated: bool
     """Whether it rests on estimated usage."""
@@ -523,7 +534,11 @@ class Meter:
     """When the first of the answer came: text or a call of a tool, and no reasoning."""
     last_token: float | None = None
     cost: Cost | None = None
-    """``None`` where nobody has a price for the model; set when the call is over."""
+    """``None`` where nobody has a price for the model; final when the call is over."""
+    warnings: tuple[str, ...] = ()
+    """Whose soft limit the call may exceed, such as ``"tenant:acme"``."""
+    replayed: bool = False
+    """Whether the answer was given before, and costs nothing now; usage and cost are those of then."""
     sent_output_tokens: int | None = None
     """``None`` where deltas do not say which tokens they have."""
 
@@ -566,6 +581,25 @@ class Principal:
     tenant: str
     latency_classes: frozenset[LatencyClass] | None = None
     """Those that it may ask for; unset: all."""
+    models: frozenset[str] | None = None
+    """Those that it may use and hear of; unset: all."""
+    key: str = ""
+    """The id of the key that it came with; empty: none."""
+    operator: bool = False
+    """Whether it may see what other tenants use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a caller brought along to say who it is."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Lower-case keys."""
+    certificate_names: tuple[str, ...] = ()
+    """Of its client certificate, which the server has verified: the alternative names (such as
+    ``"spiffe://mesh/checkout"`` or ``"checkout.internal"``), or if it has none the common name. Empty without mutual
+    TLS.
+    """
 
 
 ANONYMOUS = Principal(tenant="anonymous")
@@ -591,7 +625,7 @@ class Call:
     request_id: str
     arrived: float
     deadline: float | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    credentials: Credentials = Credentials()
     principal: Principal = ANONYMOUS
     model: Model | None = None
     """Set by ``resolve``."""
@@ -604,6 +638,8 @@ class Call:
     max_new_tokens: int = 0
     """Set by ``tokenize``: the request's, or the default, within what the context leaves; 0 for a scoring."""
     meter: Meter = field(default_factory=Meter)
+    is_streamed: bool = False
+    """Whether events are handed over as they come; otherwise all of them at the end, or nothing."""
 
     @property
     def num_input_tokens(self) -> int:

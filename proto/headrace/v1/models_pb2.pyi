@@ -1,3 +1,7 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from headrace.v1 import accounting_pb2 as _accounting_pb2
 from headrace.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -42,7 +46,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "is_default", "backend", "state", "digest", "architecture", "quantization", "parameter_count", "license", "capabilities", "limits", "default_sampling", "measured_speed")
+    __slots__ = ("name", "is_default", "backend", "state", "digest", "architecture", "quantization", "parameter_count", "license", "capabilities", "limits", "default_sampling", "measured_speed", "price")
     NAME_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +60,7 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MEASURED_SPEED_FIELD_NUMBER: _ClassVar[int]
+    PRICE_FIELD_NUMBER: _ClassVar[int]
     name: str
     is_default: bool
     backend: str
@@ -69,7 +74,8 @@ class Model(_message.Message):
     limits: ModelLimits
     default_sampling: _generation_pb2.SamplingOptions
     measured_speed: MeasuredSpeed
-    def __init__(self, name: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., digest: _Optional[str] = ..., architecture: _Optional[str] = ..., quantization: _Optional[str] = ..., parameter_count: _Optional[int] = ..., license: _Optional[str] = ..., capabilities: _Optional[_Union[ModelCapabilities, _Mapping]] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., default_sampling: _Optional[_Union[_generation_pb2.SamplingOptions, _Mapping]] = ..., measured_speed: _Optional[_Union[MeasuredSpeed, _Mapping]] = ...) -> None: ...
+    price: _accounting_pb2.ModelPrice
+    def __init__(self, name: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., digest: _Optional[str] = ..., architecture: _Optional[str] = ..., quantization: _Optional[str] = ..., parameter_count: _Optional[int] = ..., license: _Optional[str] = ..., capabilities: _Optional[_Union[ModelCapabilities, _Mapping]] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., default_sampling: _Optional[_Union[_generation_pb2.SamplingOptions, _Mapping]] = ..., measured_speed: _Optional[_Union[MeasuredSpeed, _Mapping]] = ..., price: _Optional[_Union[_accounting_pb2.ModelPrice, _Mapping]] = ...) -> None: ...
 
 class ModelCapabilities(_message.Message):
     __slots__ = ("options", "determinism_class", "continuous_batching")
@@ -96,9 +102,13 @@ class ModelLimits(_message.Message):
     def __init__(self, context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., max_n: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class MeasuredSpeed(_message.Message):
-    __slots__ = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    __slots__ = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_p50", "time_to_first_token_p99")
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     DECODE_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_P50_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_P99_FIELD_NUMBER: _ClassVar[int]
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    def __init__(self, prefill_tokens_per_second: _Optional[float] = ..., decode_tokens_per_second: _Optional[float] = ...) -> None: ...
+    time_to_first_token_p50: _duration_pb2.Duration
+    time_to_first_token_p99: _duration_pb2.Duration
+    def __init__(self, prefill_tokens_per_second: _Optional[float] = ..., decode_tokens_per_second: _Optional[float] = ..., time_to_first_token_p50: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token_p99: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

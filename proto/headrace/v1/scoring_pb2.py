@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import generation_pb2 as headrace_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/scoring.proto\x12\x0bheadrace.v1\x1a\x1cheadrace/v1/generation.proto\"\xba\x03\n\x0cScoreRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.headrace.v1.ChatInputH\x00\x12/\n\ncandidates\x18\x06 \x03(\x0b\x32\x1b.headrace.v1.ScoreCandidate\x12\x33\n\x08response\x18\x07 \x01(\x0b\x32!.headrace.v1.ScoreResponseOptions\x12\x32\n\nscheduling\x18\x08 \x01(\x0b\x32\x1e.headrace.v1.SchedulingOptions\x12\x34\n\x0b\x64\x65terminism\x18\t \x01(\x0b\x32\x1f.headrace.v1.DeterminismOptions\x12\'\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32\x18.headrace.v1.CachePolicyB\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_model\"Y\n\x0eScoreCandidate\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x42\x0b\n\tcandidate\"b\n\x14ScoreResponseOptions\x12\x13\n\x06tokens\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07_tokensB\x0f\n\r_top_logprobs\"v\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06scores\x18\x02 \x03(\x0b\x32\x12.headrace.v1.Score\x12-\n\x06report\x18\x03 \x01(\x0b\x32\x1d.headrace.v1.GenerationReport\"e\n\x05Score\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12(\n\x06tokens\x18\x04 \x03(\x0b\x32\x18.headrace.v1.ScoredToken\"v\n\x0bScoredToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.headrace.v1.TopLogprobB\n\n\x08_logprob2P\n\x0eScoringService\x12>\n\x05Score\x12\x19.headrace.v1.ScoreRequest\x1a\x1a.headrace.v1.ScoreResponseBf\n\x0eio.headrace.v1B\x0cScoringProtoP\x01Z6github.com/headrace/headrace-go/headrace/v1;headracev1\xaa\x02\x0bHeadrace.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/scoring.proto\x12\x0bheadrace.v1\x1a\x1cheadrace/v1/generation.proto\"\xec\x03\n\x0cScoreRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.headrace.v1.ChatInputH\x00\x12/\n\ncandidates\x18\x06 \x03(\x0b\x32\x1b.headrace.v1.ScoreCandidate\x12\x33\n\x08response\x18\x07 \x01(\x0b\x32!.headrace.v1.ScoreResponseOptions\x12\x32\n\nscheduling\x18\x08 \x01(\x0b\x32\x1e.headrace.v1.SchedulingOptions\x12\x34\n\x0b\x64\x65terminism\x18\t \x01(\x0b\x32\x1f.headrace.v1.DeterminismOptions\x12\'\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32\x18.headrace.v1.CachePolicy\x12\x1c\n\x0fidempotency_key\x18\x0b \x01(\tH\x03\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x12\n\x10_idempotency_key\"Y\n\x0eScoreCandidate\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x42\x0b\n\tcandidate\"b\n\x14ScoreResponseOptions\x12\x13\n\x06tokens\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07_tokensB\x0f\n\r_top_logprobs\"v\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06scores\x18\x02 \x03(\x0b\x32\x12.headrace.v1.Score\x12-\n\x06report\x18\x03 \x01(\x0b\x32\x1d.headrace.v1.GenerationReport\"e\n\x05Score\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12(\n\x06tokens\x18\x04 \x03(\x0b\x32\x18.headrace.v1.ScoredToken\"v\n\x0bScoredToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.headrace.v1.TopLogprobB\n\n\x08_logprob2P\n\x0eScoringService\x12>\n\x05Score\x12\x19.headrace.v1.ScoreRequest\x1a\x1a.headrace.v1.ScoreResponseBf\n\x0eio.headrace.v1B\x0cScoringProtoP\x01Z6github.com/headrace/headrace-go/headrace/v1;headracev1\xaa\x02\x0bHeadrace.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016io.headrace.v1B\014ScoringProtoP\001Z6github.com/headrace/headrace-go/headrace/v1;headracev1\252\002\013Headrace.V1'
   _globals['_SCOREREQUEST']._serialized_start=73
-  _globals['_SCOREREQUEST']._serialized_end=515
-  _globals['_SCORECANDIDATE']._serialized_start=517
-  _globals['_SCORECANDIDATE']._serialized_end=606
-  _globals['_SCORERESPONSEOPTIONS']._serialized_start=608
-  _globals['_SCORERESPONSEOPTIONS']._serialized_end=706
-  _globals['_SCORERESPONSE']._serialized_start=708
-  _globals['_SCORERESPONSE']._serialized_end=826
-  _globals['_SCORE']._serialized_start=828
-  _globals['_SCORE']._serialized_end=929
-  _globals['_SCOREDTOKEN']._serialized_start=931
-  _globals['_SCOREDTOKEN']._serialized_end=1049
-  _globals['_SCORINGSERVICE']._serialized_start=1051
-  _globals['_SCORINGSERVICE']._serialized_end=1131
+  _globals['_SCOREREQUEST']._serialized_end=565
+  _globals['_SCORECANDIDATE']._serialized_start=567
+  _globals['_SCORECANDIDATE']._serialized_end=656
+  _globals['_SCORERESPONSEOPTIONS']._serialized_start=658
+  _globals['_SCORERESPONSEOPTIONS']._serialized_end=756
+  _globals['_SCORERESPONSE']._serialized_start=758
+  _globals['_SCORERESPONSE']._serialized_end=876
+  _globals['_SCORE']._serialized_start=878
+  _globals['_SCORE']._serialized_end=979
+  _globals['_SCOREDTOKEN']._serialized_start=981
+  _globals['_SCOREDTOKEN']._serialized_end=1099
+  _globals['_SCORINGSERVICE']._serialized_start=1101
+  _globals['_SCORINGSERVICE']._serialized_end=1181
 # @@protoc_insertion_point(module_scope)

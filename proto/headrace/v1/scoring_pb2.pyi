@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "candidates", "response", "scheduling", "determinism", "cache")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "candidates", "response", "scheduling", "determinism", "cache", "idempotency_key")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class ScoreRequest(_message.Message):
     SCHEDULING_FIELD_NUMBER: _ClassVar[int]
     DETERMINISM_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -29,7 +30,8 @@ class ScoreRequest(_message.Message):
     scheduling: _generation_pb2.SchedulingOptions
     determinism: _generation_pb2.DeterminismOptions
     cache: _generation_pb2.CachePolicy
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_generation_pb2.ChatInput, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[ScoreCandidate, _Mapping]]] = ..., response: _Optional[_Union[ScoreResponseOptions, _Mapping]] = ..., scheduling: _Optional[_Union[_generation_pb2.SchedulingOptions, _Mapping]] = ..., determinism: _Optional[_Union[_generation_pb2.DeterminismOptions, _Mapping]] = ..., cache: _Optional[_Union[_generation_pb2.CachePolicy, _Mapping]] = ...) -> None: ...
+    idempotency_key: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_generation_pb2.ChatInput, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[ScoreCandidate, _Mapping]]] = ..., response: _Optional[_Union[ScoreResponseOptions, _Mapping]] = ..., scheduling: _Optional[_Union[_generation_pb2.SchedulingOptions, _Mapping]] = ..., determinism: _Optional[_Union[_generation_pb2.DeterminismOptions, _Mapping]] = ..., cache: _Optional[_Union[_generation_pb2.CachePolicy, _Mapping]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class ScoreCandidate(_message.Message):
     __slots__ = ("text", "token_ids")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from sqlalchemy import make_url
 
 from headrace.cli.errors import CliError
 from headrace.cli.serve import load
@@ -29,6 +30,8 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
     except (SettingsError, PluginError) as error:
         raise CliError(str(error)) from None
     values = settings.model_dump(mode="json")
+    if "://" in (settings.ledger or ""):
+        values["ledger"] = make_url(str(settings.ledger)).render_as_string(hide_password=True)
     tables = {name: values.pop(name) for name in list(values) if Settings.model_fields[name].annotation == Tables}
     for name, value in values.items():
         if value is None:

@@ -62,6 +62,20 @@ def connection_options(command: F) -> F:
         help="PEM file of the authorities to trust; implies --tls.  [default: the system's]",
     )
     @click.option(
+        "--client-certificate",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        envvar="HEADRACE_CLIENT_CERTIFICATE",
+        show_envvar=True,
+        help="PEM file of the certificate to show to the server; implies --tls, needs --client-key.",
+    )
+    @click.option(
+        "--client-key",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        envvar="HEADRACE_CLIENT_KEY",
+        show_envvar=True,
+        help="PEM file of its private key.",
+    )
+    @click.option(
         "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Deadline of each call."
     )
     @functools.wraps(command)
@@ -71,13 +85,24 @@ def connection_options(command: F) -> F:
         api_key: str | None,
         tls: bool,
         tls_ca: Path | None,
+        client_certificate: Path | None,
+        client_key: Path | None,
         timeout: float | None,
         **kwargs: Any,
     ) -> Any:
-        chosen_tls = Tls(root_certificates=tls_ca.read_bytes()) if tls_ca else tls
+        chosen_tls = _tls(tls_ca, client_certificate, client_key) or tls
         return command(*args, connection=Connection(address, api_key, chosen_tls, timeout), **kwargs)
 
     return wrapped  # type: ignore[return-value]  # click calls it by keyword
+
+
+def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Tls | None:
+    """``None``: no file is named."""
+    if (certificate is None) != (key is None):
+        raise CliError("--client-certificate and --client-key belong together: name both, or neither")
+    if ca is None and certificate is None:
+        return None
+    return Tls(*(None if path is None else path.read_bytes() for path in (ca, certificate, key)))
 
 
 @contextlib.contextmanager
@@ -123,7 +148,7 @@ def _hint(error: HeadraceError) -> str | None:
     match error:
         case AuthenticationError():
             return "set --api-key or HEADRACE_API_KEY"
-        case NotFoundError():
+        case NotFoundError(reason=None | "MODEL_NOT_FOUND"):
             return "`headrace models list` shows what there is"
         case _ if error.retry_after is not None:
             return f"next try after {error.retry_after:.3g} s"

@@ -7,11 +7,11 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from headrace.client import CancelledError, Stream
+from headrace.client import CancelledError, Stream, UsageWatch
 
 
 @contextlib.contextmanager
-def ctrl_c_cancels(stream: Stream) -> Iterator[None]:
+def ctrl_c_cancels(stream: Stream | UsageWatch) -> Iterator[None]:
     """Within the block, the first Ctrl-C cancels the stream, and KeyboardInterrupt comes at the block's end.
 
     Raised as usual it could come anywhere within gRPC, and leave its connection in a state where the next call hangs.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.models_build import build
 from headrace.cli.models_evaluate import evaluate
-from headrace.cli.output import short_count, write_json, write_table
-from headrace.client import Model
+from headrace.cli.output import short_count, shown_money, write_json, write_table
+from headrace.client import MeasuredSpeed, Model
 
 
 @click.group()
@@ -31,8 +33,7 @@ def list_models(as_json: bool, connection: Connection) -> None:
         for model in found:
             write_json(model)
     elif found:
-        head = ("MODEL", "STATE", "BACKEND", "PARAMETERS", "WEIGHTS", "CONTEXT", "DETERMINISM", "LICENSE")
-        write_table(head, [_row(model) for model in found])
+        _write_models(found)
     else:
         click.echo("The server has no models; `headrace models build smollm2-135m` makes one.", err=True)
 
@@ -51,6 +52,44 @@ def show(name: str | None, as_json: bool, connection: Connection) -> None:
     for label, text in _facts(model).items():
         if text:
             click.echo(f"{click.style(f'{label:<16}', dim=True)}{text}")
+
+
+def _write_models(found: Sequence[Model]) -> None:
+    """What nothing is known of, of any model, has no column."""
+    head = (*_HEAD, *_MEASURED)
+    rows = [(*_row(model), *_measured(model)) for model in found]
+    shown = [i for i, title in enumerate(head) if title in _HEAD or any(row[i] != "-" for row in rows)]
+    write_table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])
+
+
+_HEAD = ("MODEL", "STATE", "BACKEND", "PARAMETERS", "WEIGHTS", "CONTEXT", "DETERMINISM", "LICENSE")
+_MEASURED = ("TOKENS/S", "FIRST TOKEN p50/p99", "PRICE in/out")
+
+
+def _measured(model: Model) -> tuple[str, ...]:
+    speed, price = model.measured_speed, model.price
+    decode = speed.decode_tokens_per_second if speed else None
+    return (
+        "-" if decode is None else f"{decode:.0f}",
+        _first_token(speed) or "-",
+        f"{shown_money(price.input)} / {shown_money(price.output, price.currency)}" if price else "-",
+    )
+
+
+def _first_token(speed: MeasuredSpeed | None) -> str:
+    if speed is None or speed.time_to_first_token_p50 is None or speed.time_to_first_token_p99 is None:
+        return ""
+    return f"{speed.time_to_first_token_p50 * 1000:.0f} / {speed.time_to_first_token_p99 * 1000:.0f} ms"
+
+
+def _price(model: Model) -> str:
+    price = model.price
+    if price is None:
+        return ""
+    parts = [f"input {shown_money(price.input)}", f"output {shown_money(price.output)}"]
+    if price.cache_read_input is not None:
+        parts.append(f"cached input {shown_money(price.cache_read_input)}")
+    return f"{', '.join(parts)} {price.currency} for a million tokens ({price.price_id})"
 
 
 def _row(model: Model) -> tuple[str, ...]:
@@ -85,6 +124,8 @@ def _facts(model: Model) -> dict[str, str]:
         "runs at once": str(limits.max_running) if limits.max_running else "",
         "prefill": _speed(speed.prefill_tokens_per_second) if speed else "",
         "decode": _speed(speed.decode_tokens_per_second) if speed else "",
+        "first token": _first_token(speed),
+        "price": _price(model),
         "sampling": ", ".join(
             f"{name} {value:g}" for name, value in defaults.items() if isinstance(value, (int, float))
         ),

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 
 import click
@@ -59,7 +61,19 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
+    if isinstance(value, datetime):
+        return shown_time(value)
     return value
+
+
+def shown_time(moment: datetime) -> str:
+    """A time in UTC, as ISO 8601 without parts of a second."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def shown_money(amount: Decimal, currency: str = "") -> str:
+    """An exact amount, without the zeros at its end."""
+    return f"{amount.normalize():f} {currency}".rstrip()
 
 
 def shown_token(token: bytes) -> str:

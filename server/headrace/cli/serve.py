@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from headrace.backends.errors import LedgerUnavailable
 from headrace.cli.errors import CliError
 from headrace.cli.settings_options import settings_options
 from headrace.server.config import Settings, SettingsError, load_settings
@@ -42,5 +43,5 @@ def run_server(settings: Settings, **options: Any) -> None:
     configure_logs(settings.log_format, settings.log_level)
     try:
         asyncio.run(run(settings, **options))
-    except (SettingsError, PluginError, OSError) as error:
+    except (SettingsError, PluginError, LedgerUnavailable, OSError) as error:
         raise CliError(str(error)) from None

@@ -11,8 +11,17 @@ import click
 
 from headrace.server.config import Settings
 
-_BY_FILE_ALONE = {"draft_models", "backends", "authenticators", "middleware", "price_sources", "usage_sinks"}
-"""Settings with a structure that a flag cannot give."""
+_NO_FLAGS = {
+    "draft_models",
+    "plans",
+    "backends",
+    "authenticators",
+    "middleware",
+    "price_sources",
+    "usage_sinks",
+    "usage_events_token",
+}
+"""Settings with a structure that a flag cannot give, and secrets, which a flag would show to all on the machine."""
 _LISTS = {"models", "plugins"}
 
 
@@ -35,7 +44,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(config_file, given)
 
     for name, field in reversed(Settings.model_fields.items()):
-        if name not in _BY_FILE_ALONE:
+        if name not in _NO_FLAGS:
             help_text = f"{field.description}  [env: HEADRACE_{name.upper()}]"
             flag = "--" + name.replace("_", "-")
             with_flags = click.option(flag, name, help=help_text, multiple=name in _LISTS, metavar="…")(with_flags)

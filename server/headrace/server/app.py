@@ -6,21 +6,32 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
 import structlog
 
 from headrace.backends.api import Backend, DeterminismClass, ModelCard
-from headrace.backends.components import Place
-from headrace.backends.types import Handler, Principal, Sampling
+from headrace.backends.components import Middleware, Place
+from headrace.backends.price_book import cost_guide
+from headrace.backends.types import Call, Events, Handler, Principal, Sampling
 from headrace.server import components
-from headrace.server.config import Settings, SettingsError
+from headrace.server.accounting.accounting import Accounting
+from headrace.server.accounting.accounts import Accounts
+from headrace.server.accounting.clock import Clock, SteadyClock
+from headrace.server.accounting.event_targets import parse_target
+from headrace.server.accounting.expectations import Expectations
+from headrace.server.accounting.exports import UsageEvents
+from headrace.server.accounting.ledger import Ledger
+from headrace.server.accounting.prices import Prices
+from headrace.server.config import Authentication, Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
-from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, authenticate
+from headrace.server.middleware.accounting import account
+from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, KeyAuthenticator, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
 from headrace.server.middleware.entitlements import entitle
-from headrace.server.middleware.pricing import priced
+from headrace.server.middleware.idempotency import Idempotency
+from headrace.server.middleware.limits import RateLimits
 from headrace.server.middleware.reporting import UsageReporter
 from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.tokenize import tokenize
@@ -38,21 +49,24 @@ class App:
         self,
         settings: Settings,
         *,
+        ledger: Ledger | None = None,
         authenticator: Authenticates | None = None,
         clock: Callable[[], float] = time.monotonic,
+        time_of_day: Clock | None = None,
     ) -> None:
         """Loads plugins and checks their settings; raises PluginError or SettingsError. ``load`` loads models.
 
-        ``authenticator`` stands in for one of the settings.
+        ``ledger`` is that of the settings, if calls are to run (``opened_ledger``). ``authenticator`` stands in for one
+        of the settings.
         """
+        _check_ledger(settings)
         self.settings = settings
         self.draining = False
         self.plugins: list[Plugin] = load_plugins(settings.plugins)
+        now = time_of_day or SteadyClock()
         self._backends = components.make_backends(settings, self.plugins)
         self._ceiling = CallCeiling(settings.max_calls, lambda: self.draining)
-        self._authenticator: Authenticates = (
-            authenticator or components.make_authenticator(settings, self.plugins) or AllowAnonymous()
-        )
+        plugins_authenticator = components.make_authenticator(settings, self.plugins)
         self._reporter = UsageReporter(components.make_usage_sinks(settings, self.plugins), clock=clock)
         self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
         self.registry = ModelRegistry(
@@ -65,26 +79,85 @@ class App:
             logits_processors=[processor for plugin in self.plugins for processor in plugin.logits_processors],
         )
         middleware = components.make_middleware(settings, self.plugins)
-        # Innermost first.
-        handler: Handler = self.registry.run
-        handler = components.wrap(handler, middleware[Place.BACKEND])
-        handler = priced(handler, sources=components.make_price_sources(settings, self.plugins))
-        handler = tokenize(
-            handler,
-            registry=self.registry,
-            executor=self._executor,
-            default_max_new_tokens=settings.default_max_new_tokens,
+        prices = Prices(
+            components.make_price_sources(settings, self.plugins), cost_guide(), currency=settings.currency, clock=now
         )
-        handler = resolve(handler, registry=self.registry, strict=settings.strict)
-        handler = entitle(handler)
-        handler = components.wrap(handler, middleware[Place.REQUEST])
-        handler = self._reporter.report(handler)
+        backend = components.wrap(self.registry.run, middleware[Place.BACKEND])
+        self._prepare = self._preparing(middleware[Place.REQUEST])
+        self._estimating: dict[int, Handler] = {}
+        """What is done with a call once it is prepared, by its identity, if that is not to run it."""
+        accounts = Accounts(ledger=ledger, plans=settings.plans, default_plan=settings.default_plan, clock=now)
+        self.accounting = Accounting(
+            clock=now, accounts=accounts, prices=prices, expectations=Expectations(), ledger=ledger
+        )
+        self._authenticator: Authenticates = authenticator or plugins_authenticator or AllowAnonymous()
+        if authenticator is None and settings.authentication is Authentication.KEYS:
+            self._authenticator = KeyAuthenticator(accounts)
+        self._limits = RateLimits(accounts.terms, clock=clock)
+        self._idempotency = Idempotency(
+            ledger,
+            clock=now,
+            hours=settings.idempotency_hours,
+            max_bytes=settings.idempotency_max_bytes,
+            linger=settings.resume_window,
+        )
+        self._usage_events = self._make_usage_events(now)
+        self._run = account(backend, accounting=self.accounting, limits=self._limits)
+        # Innermost first.
+        handler = self._reporter.report(self._prepare)
+        handler = self._idempotency.replay(handler)
+        handler = self._limits.limit(handler, streams=True)
         self.generate = self.front(handler, resolve_model=False)
 
+    def _make_usage_events(self, now: Clock) -> UsageEvents | None:
+        settings, ledger = self.settings, self.accounting.ledger
+        if settings.usage_events is None or ledger is None:
+            return None
+        token = settings.usage_events_token
+        return UsageEvents(
+            target=parse_target(settings.usage_events),
+            ledger=ledger,
+            clock=now,
+            token=None if token is None else token.get_secret_value(),
+        )
+
+    def _preparing(self, middleware: Sequence[tuple[Plugin, Middleware]]) -> Handler:
+        """Makes a generation ready to run: what the caller may ask for, its model, its tokens. Then runs it."""
+        handler = tokenize(
+            self._prepared_call,
+            registry=self.registry,
+            executor=self._executor,
+            default_max_new_tokens=self.settings.default_max_new_tokens,
+        )
+        handler = resolve(handler, registry=self.registry, strict=self.settings.strict)
+        handler = entitle(handler)
+        return components.wrap(handler, middleware)
+
+    def _prepared_call(self, call: Call) -> Events:
+        return self._estimating.get(id(call), self._run)(call)
+
+    def prepared(self, inner: Handler) -> Handler:
+        """``inner`` for generations that are ready to run, instead of running them."""
+
+        async def handle(call: Call) -> Events:
+            self._estimating[id(call)] = inner
+            try:
+                async with aclosing(self._prepare(call)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                del self._estimating[id(call)]
+
+        return self.front(self._limits.limit(handle, streams=False), resolve_model=False)
+
     def front(self, inner: Handler, *, resolve_model: bool = True) -> Handler:
-        """What all calls share, around ``inner``: ceilings, authentication, and the model unless told otherwise."""
-        handler = resolve(inner, registry=self.registry) if resolve_model else inner
-        handler = authenticate(handler, authenticator=self._authenticator)
+        """What all calls share, around ``inner``: ceilings, authentication, and the model unless told otherwise; calls
+        about a model are counted as requests.
+        """
+        handler = inner
+        if resolve_model:
+            handler = self._limits.limit(resolve(handler, registry=self.registry), streams=False)
+        handler = authenticate(handler, authenticator=self._authenticator, accounts=self.accounting.accounts)
         return self._ceiling.limit(handler)
 
     def offers(self) -> list[tuple[Backend, ModelCard]]:
@@ -122,8 +195,13 @@ class App:
         return {name: by_name[drafter] for name, drafter in draft_models.items()}
 
     async def load(self) -> None:
-        """Loads the models of ``offers``, which it may raise the errors of."""
+        """Reads the accounts, and loads the models of ``offers``, which it may raise the errors of; raises
+        LedgerUnavailable.
+        """
         offers = self.offers()
+        await self.accounting.accounts.start()
+        if self._usage_events is not None:
+            self._usage_events.start()
         await self.registry.load(offers, default=self.settings.default_model, draft_models=self._draft_models(offers))
         for served in self.registry:
             if self.settings.strict and served.model and served.model.determinism is not DeterminismClass.STRICT:
@@ -131,8 +209,23 @@ class App:
                     "model_refuses_all", model=served.card.name, determinism=served.model.determinism.name, why="strict"
                 )
 
-    def list_models(self, principal: Principal) -> Sequence[ServedModel]:  # noqa: ARG002  # all models are everybody's
-        return [_describe(served, self.registry.default_name) for served in self.registry]
+    def within_rate_limits(self, principal: Principal, tokens: int) -> bool:
+        return self._limits.fits(self.accounting.accounts.terms(principal), tokens)
+
+    def num_known_tokens(self, call: Call) -> int:
+        assert call.model is not None
+        engine = self.registry.find(call.model.card.name).engine
+        return 0 if engine is None else engine.num_known_tokens(call)
+
+    def num_open_holds(self) -> int:
+        return 0 if self.accounting.ledger is None else self.accounting.ledger.num_open
+
+    def num_unsent_events(self) -> int:
+        return 0 if self._usage_events is None else self._usage_events.lag
+
+    def list_models(self, principal: Principal) -> Sequence[ServedModel]:
+        default = self.registry.default_for(principal.models)
+        return [_describe(served, default) for served in self.registry.offered(principal.models)]
 
     async def run_blocking(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -143,12 +236,16 @@ class App:
 
     async def close(self) -> None:
         """Frees everything. No call is running."""
+        await self._idempotency.close()
         await self._reporter.close()
         await self.registry.close()
         for backend in self._backends:
             if close := getattr(backend, "close", None):
                 await self._close_backend(backend.name, close)
         self._executor.shutdown()
+        if self._usage_events is not None:
+            await self._usage_events.close()
+        await self.accounting.accounts.close()
 
     async def _close_backend(self, name: str, close: Callable[[], None]) -> None:
         try:
@@ -158,14 +255,42 @@ class App:
 
 
 @asynccontextmanager
-async def running_app(settings: Settings, *, authenticator: Authenticates | None = None) -> AsyncIterator[App]:
+async def running_app(
+    settings: Settings, *, authenticator: Authenticates | None = None, time_of_day: Clock | None = None
+) -> AsyncIterator[App]:
     """An App with its models loaded, closed at the end."""
-    app = App(settings, authenticator=authenticator)
-    try:
-        await app.load()
-        yield app
-    finally:
-        await app.close()
+    async with opened_ledger(settings, time_of_day) as ledger:
+        app = App(settings, ledger=ledger, authenticator=authenticator, time_of_day=time_of_day)
+        try:
+            await app.load()
+            yield app
+        finally:
+            await app.close()
+
+
+@asynccontextmanager
+async def opened_ledger(settings: Settings, time_of_day: Clock | None = None) -> AsyncIterator[Ledger | None]:
+    """The ledger that the settings name, if any, closed at the end. Raises SettingsError, or LedgerUnavailable."""
+    if settings.ledger is None:
+        yield None
+        return
+    ledger = await asyncio.to_thread(
+        Ledger.open, settings.ledger, state_dir=settings.state_dir, currency=settings.currency, clock=time_of_day
+    )
+    async with ledger:
+        yield ledger
+
+
+def _check_ledger(settings: Settings) -> None:
+    """Raises SettingsError if there is none, but something that needs one."""
+    if settings.ledger is not None:
+        return
+    if settings.usage_events is not None:
+        raise SettingsError("usage_events: needs a ledger, whose settled calls it tells of; got ledger = none")
+    for name, limits in settings.plans.items():
+        for field in ("monthly_money", "monthly_tokens", "soft_monthly_money", "soft_monthly_tokens"):
+            if getattr(limits, field) is not None:
+                raise SettingsError(f"plans.{name}.{field}: needs a ledger, which keeps count; got ledger = none")
 
 
 def _check_names(setting: str, names: Sequence[str], offers: Sequence[tuple[Backend, ModelCard]]) -> None:

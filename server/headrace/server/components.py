@@ -11,7 +11,7 @@ from headrace.backends.api import Backend, BackendContext, ModelCard
 from headrace.backends.components import Authenticator, Middleware, Place, PriceSource, UsageSink
 from headrace.backends.errors import HeadraceError
 from headrace.backends.types import Handler
-from headrace.server.config import Settings, SettingsError, describe
+from headrace.server.config import Authentication, Settings, SettingsError, describe
 from headrace.server.plugins import Plugin, PluginError
 
 T = TypeVar("T")
@@ -41,7 +41,15 @@ def list_models(backends: Sequence[Backend]) -> list[tuple[Backend, ModelCard]]:
 
 
 def make_authenticator(settings: Settings, plugins: Sequence[Plugin]) -> Authenticator | None:
-    """The one that the settings name, if any. Raises like ``make_backends``."""
+    """The one that the settings name, if any; the built-in one for keys is not a plugin's. Raises like
+    ``make_backends``.
+    """
+    if settings.authentication is Authentication.KEYS:
+        if settings.authenticators:
+            names = ", ".join(settings.authenticators)
+            raise SettingsError(f"authentication: keys, or else an authenticator of a plugin ({names}), but not both")
+        if settings.ledger is None:
+            raise SettingsError("authentication: keys are in the ledger, so there must be one: ledger = auto")
     if len(settings.authenticators) > 1:
         raise SettingsError(f"authenticators: one at most, got {', '.join(settings.authenticators)}")
     made = _enabled(plugins, "authenticators", settings.authenticators)

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from headrace.backends.paths import default_models_dir
+from headrace.backends.paths import default_models_dir, default_state_dir
+from headrace.server.accounting.event_targets import parse_target
+from headrace.server.accounting.plans import Limits
 
 
 class SettingsError(Exception):
@@ -29,6 +32,13 @@ class LogFormat(enum.StrEnum):
     AUTO = "auto"
     CONSOLE = "console"
     JSON = "json"
+
+
+class Authentication(enum.StrEnum):
+    """How callers say who they are."""
+
+    ANONYMOUS = "anonymous"
+    KEYS = "keys"
 
 
 class LogLevel(enum.StrEnum):
@@ -47,10 +57,25 @@ def _check_address(value: str) -> str:
     return value
 
 
+_UNSHOWN = "unshown"
+"""The kind of an error whose input no message shows."""
+
+
+def _check_events_target(value: str) -> str:
+    try:
+        parse_target(value)
+    except ValueError as error:
+        # What is wrong with it may be the password in it.
+        raise PydanticCustomError(_UNSHOWN, "{problem}", {"problem": str(error)}) from None
+    return value
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
+EventsTarget = Annotated[str, AfterValidator(_check_events_target)]
 Tables = dict[str, dict[str, Any]]
 """Settings of plugins' components, by name; each is checked by its plugin's own model."""
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+File = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseSettings):
@@ -63,6 +88,18 @@ class Settings(BaseSettings):
     listen: Address = Field("127.0.0.1:50051", description="Address of the gRPC server; port 0 takes any free one.")
     reuse_port: bool = Field(
         False, description="Whether other servers may listen at the same address; all that share it need this."
+    )
+    tls_certificate: File | None = Field(None, description="Certificate chain of the server, PEM; none: no TLS.")
+    tls_key: File | None = Field(None, description="Private key of the certificate, PEM.")
+    tls_client_ca: File | None = Field(
+        None, description="Authorities of client certificates, PEM; clients must then have one. None: they need none."
+    )
+    insecure: bool = Field(
+        False, description="Whether others than this machine may be served without TLS, or without authentication."
+    )
+    authentication: Authentication = Field(
+        Authentication.ANONYMOUS,
+        description="keys: callers need a key or a client certificate that the ledger knows; anonymous: nothing.",
     )
     metrics_listen: Address | None = Field(
         "127.0.0.1:9464", description="Address of the Prometheus endpoint /metrics; none: no endpoint."
@@ -101,6 +138,31 @@ class Settings(BaseSettings):
     shutdown_grace: float = Field(30.0, ge=0, description="Seconds that running calls get to end after SIGTERM.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto: console on a terminal, else json.")
     log_level: LogLevel = Field(LogLevel.INFO, description="Least level that is logged.")
+    state_dir: Folder = Field(
+        default_factory=default_state_dir, description="Folder of the ledger and of what a killed server has noted."
+    )
+    ledger: str | None = Field(
+        "auto",
+        description="Database of the ledger: sqlite:///PATH, postgresql://…, or none; auto: ledger.db in state_dir.",
+    )
+    currency: str = Field("USD", pattern="^[A-Z]{3}$", description="Currency of a new ledger, ISO 4217.")
+    plans: dict[str, Limits] = Field(
+        default_factory=dict, description="What tenants may use: [plans.NAME] monthly_tokens = 1000000."
+    )
+    default_plan: str | None = Field(None, description="Plan of tenants that have none; none: no limits.")
+    idempotency_hours: float = Field(
+        24.0,
+        ge=0,
+        description="Hours for which answers are kept for calls with the same idempotency_key; 0: not at all.",
+    )
+    idempotency_max_bytes: int = Field(
+        256 * 2**20, ge=0, description="Size of the answers that are kept for that, in all; the oldest goes first."
+    )
+    usage_events: EventsTarget | None = Field(
+        None,
+        description="Where each settled call is told of as a CloudEvent: a file, or an http(s) URL; none: nowhere.",
+    )
+    usage_events_token: SecretStr | None = Field(None, description="Bearer token for usage_events, if it is a URL.")
     plugins: tuple[str, ...] | None = Field(None, description="Plugins that may be loaded; none: all installed.")
     backends: Tables = Field(default_factory=dict, description="Settings of backends: [backends.onnx] threads = 4.")
     authenticators: Tables = Field(
@@ -110,7 +172,19 @@ class Settings(BaseSettings):
     price_sources: Tables = Field(default_factory=dict, description="What knows prices: [price_sources.NAME].")
     usage_sinks: Tables = Field(default_factory=dict, description="What is told of usage: [usage_sinks.NAME].")
 
-    @field_validator("metrics_listen", "models", "default_model", "plugins", mode="before")
+    @field_validator(
+        "tls_certificate",
+        "tls_key",
+        "tls_client_ca",
+        "metrics_listen",
+        "models",
+        "default_model",
+        "ledger",
+        "default_plan",
+        "usage_events",
+        "plugins",
+        mode="before",
+    )
     @classmethod
     def _none(cls, value: Any) -> Any:
         """TOML has no null."""
@@ -145,7 +219,7 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     return loaded
 
 
-_NO_SETTINGS = {"ADDRESS", "API_KEY", "CONFIG", "TLS", "TLS_CA"}
+_NO_SETTINGS = {"ADDRESS", "API_KEY", "CLIENT_CERTIFICATE", "CLIENT_KEY", "CONFIG", "TLS", "TLS_CA"}
 """What the command line and the clients take from the environment, behind the same prefix."""
 
 
@@ -172,7 +246,8 @@ def describe(error: ValidationError, accepted: Mapping[str, Any], prefix: str = 
             lines.append(f"{name}: no such setting{there}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}: {message}, got {problem['input']!r}")
+            got = "" if problem["type"] == _UNSHOWN else f", got {problem['input']!r}"
+            lines.append(f"{name}: {message}{got}")
     return "\n".join(lines)
 
 

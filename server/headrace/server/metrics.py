@@ -98,6 +98,29 @@ class Metrics:
         self._resumed = Counter(
             "headrace_resumed_streams", "Connections that went on with the stream of an earlier one.", registry=registry
         )
+        self._charged = Counter(
+            "headrace_charged_nanos",
+            "What tenants pay, in billionths of the currency's unit.",
+            ("model", "currency"),
+            registry=registry,
+        )
+        self._warned = Counter(
+            "headrace_soft_limit_warnings",
+            "Calls that could have brought their tenant or key beyond a soft limit.",
+            ("model",),
+            registry=registry,
+        )
+        self._replayed = Counter(
+            "headrace_replayed_answers",
+            "Answers that were given before, under the same idempotency key.",
+            registry=registry,
+        )
+        self._open_holds = Gauge(
+            "headrace_open_holds", "Calls of this process that are not settled.", registry=registry
+        )
+        self._unsent_events = Gauge(
+            "headrace_unsent_usage_events", "Settled calls that usage_events has not been told of.", registry=registry
+        )
         self._queued = Gauge(
             "headrace_queued_requests", "Generations that wait for a start.", ("model",), registry=registry
         )
@@ -136,6 +159,13 @@ class Metrics:
         model = call.model.card.name if call.model is not None else ""
         self._request_duration.labels(model, error_type).observe(seconds)
         meter, usage = call.meter, call.meter.usage()
+        if meter.replayed:
+            self._replayed.inc()
+            return
+        if meter.cost is not None:
+            self._charged.labels(model, meter.cost.currency).inc(meter.cost.charge_nanos)
+        if meter.warnings:
+            self._warned.labels(model).inc()
         if meter.first_token is not None:
             self._first_token.labels(model).observe(max(0.0, meter.first_token - call.arrived))
             if meter.last_token is not None and usage.output_tokens is not None and usage.output_tokens > 1:
@@ -145,6 +175,11 @@ class Metrics:
         for token_type, name in _TOKEN_TYPES.items():
             if count := getattr(usage, name):
                 self._tokens.labels(model, token_type).inc(count)
+
+    def observe_ledger(self, *, open_holds: Callable[[], float], unsent_events: Callable[[], float]) -> None:
+        """Sets where the ledger's gauges come from; the functions are called as those of ``observe_engine``."""
+        self._open_holds.set_function(open_holds)
+        self._unsent_events.set_function(unsent_events)
 
     def observe_engine(
         self,

@@ -26,6 +26,9 @@ from headrace.server.engine.model_options import capabilities_of
 STRICT_OPTION = "determinism.strict"
 """Honoured by models of class STRICT, and by no others, whatever they declare."""
 
+SERVER_OPTIONS = frozenset({"idempotency_key", "budget_policy"})
+"""Honoured by the server, for every model."""
+
 
 class ModelState(enum.Enum):
     """Whether a model can serve; the names are those of the proto's ModelState."""
@@ -92,9 +95,14 @@ class ModelRegistry:
     def __iter__(self) -> Iterator[Served]:
         yield from self._served.values()
 
-    @property
-    def default_name(self) -> str | None:
-        return self._default
+    def offered(self, models: frozenset[str] | None) -> list[Served]:
+        """What a caller who may use ``models`` hears of; ``None``: all there is."""
+        return [served for name, served in self._served.items() if models is None or name in models]
+
+    def default_for(self, models: frozenset[str] | None) -> str | None:
+        """The model of a request that names none: the default, or if that is not the caller's, the first that is."""
+        names = [served.card.name for served in self.offered(models)]
+        return self._default if self._default in names else next(iter(names), None)
 
     async def load(
         self,
@@ -127,11 +135,14 @@ class ModelRegistry:
                     seconds=seconds,
                 )
 
-    def find(self, name: str | None) -> Served:
-        """The model of that name, ready to serve; the default for ``None``."""
-        served = self._served.get(name or self._default or "")
+    def find(self, name: str | None, models: frozenset[str] | None = None) -> Served:
+        """The model of that name, ready to serve; the default for ``None``. For a caller who may use ``models`` there
+        are no others.
+        """
+        offered = {served.card.name: served for served in self.offered(models)}
+        served = offered.get(name or self.default_for(models) or "")
         if served is None:
-            raise ModelNotFound(name or "", tuple(self._served))
+            raise ModelNotFound(name or "", tuple(offered))
         if served.state is ModelState.LOADING:
             raise Loading(served.card.name)
         if served.state is ModelState.FAILED:
@@ -205,4 +216,4 @@ class ModelRegistry:
 
 def _with_strict(capabilities: Capabilities, model: Model) -> Capabilities:
     strict = {STRICT_OPTION} if model.determinism is DeterminismClass.STRICT else set()
-    return replace(capabilities, options=capabilities.options - {STRICT_OPTION} | strict)
+    return replace(capabilities, options=capabilities.options - {STRICT_OPTION} | strict | SERVER_OPTIONS)

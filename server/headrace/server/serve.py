@@ -7,15 +7,17 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+import grpc
 import structlog
 from prometheus_client import CollectorRegistry
 
-from headrace.server.app import App
-from headrace.server.config import Settings, is_loopback
+from headrace.server.app import App, opened_ledger
+from headrace.server.config import Authentication, Settings, SettingsError, is_loopback
 from headrace.server.engine.engine import Engine
 from headrace.server.metrics import Metrics, serve_metrics
 from headrace.server.middleware.authentication import Authenticates
 from headrace.server.rpc.server import RunningServer, start_server
+from headrace.server.tls import server_credentials
 
 _WATCH_SECONDS = 1.0
 """Between two looks at the models' health."""
@@ -36,25 +38,62 @@ async def serve(
     ``on_ready`` gets the port once the models are loaded. Raises SettingsError, PluginError, or OSError for an address.
     """
     log = structlog.get_logger("headrace.server")
-    app = App(settings, authenticator=authenticator)
-    app.offers()  # what is wrong with the models is said before anything listens
-    for plugin in app.plugins:
-        provides = [f"{kind} {name}" for kind, name in plugin.provides()]
-        log.info("plugin_loaded", plugin=plugin.name, package=plugin.package, version=plugin.version, provides=provides)
+    credentials = server_credentials(settings)
+    check_exposure(settings, authenticated=authenticator is not None)
     metrics = Metrics(CollectorRegistry())
     signals = _Signals()
     async with contextlib.AsyncExitStack() as cleanup:
         # First in, so last out: the second signal comes while the others are being undone.
         cleanup.enter_context(signals.installed())
+        ledger = await cleanup.enter_async_context(opened_ledger(settings))
+        app = App(settings, ledger=ledger, authenticator=authenticator)
         cleanup.push_async_callback(app.close)
-        await _run(app, settings, metrics, signals, cleanup, on_ready)
+        for plugin in app.plugins:
+            provides = [f"{kind} {name}" for kind, name in plugin.provides()]
+            log.info(
+                "plugin_loaded", plugin=plugin.name, package=plugin.package, version=plugin.version, provides=provides
+            )
+        app.offers()  # what is wrong with the models is said before anything listens
+        await _run(app, settings, credentials, metrics, signals, cleanup, on_ready)
         log.info("stopping", grace=settings.shutdown_grace)
     log.info("stopped")
+
+
+def check_exposure(settings: Settings, *, authenticated: bool = False) -> None:
+    """Warns of what anybody could use. Raises SettingsError if others than this machine could, unless the operator has
+    said that they may. ``authenticated``: by something that is not in the settings.
+    """
+    authenticated = (
+        authenticated
+        or settings.authentication is not Authentication.ANONYMOUS
+        or bool(settings.authenticators)
+        # Whoever has a certificate of these authorities is no stranger.
+        or settings.tls_client_ca is not None
+    )
+    log = structlog.get_logger("headrace.server")
+    if is_loopback(settings.listen):
+        if not authenticated:
+            log.warning("open_to_this_machine", address=settings.listen, hint="anybody on this machine can use it")
+        return
+    missing = [
+        *(() if settings.tls_certificate else ("TLS (tls_certificate, tls_key)",)),
+        *(() if authenticated else ("authentication (authentication = keys, or tls_client_ca)",)),
+    ]
+    if not missing:
+        return
+    if not settings.insecure:
+        raise SettingsError(
+            f"listen: {settings.listen} can be reached from other machines, which needs {' and '.join(missing)};"
+            " set insecure = true if something in front of this server sees to that"
+        )
+    hint = "anybody who reaches it can use it" if not authenticated else "whoever is on the way can read it"
+    log.warning("open_to_the_network", address=settings.listen, without=missing, hint=hint)
 
 
 async def _run(
     app: App,
     settings: Settings,
+    credentials: grpc.ServerCredentials | None,
     metrics: Metrics,
     signals: _Signals,
     cleanup: contextlib.AsyncExitStack,
@@ -68,18 +107,17 @@ async def _run(
         await _load(app, signals, cleanup)
         if signals.first.is_set():
             return
-        server = await _listen(app, settings, metrics, signals, cleanup)
+        server = await _listen(app, settings, credentials, metrics, signals, cleanup)
     else:
-        server = await _listen(app, settings, metrics, signals, cleanup)
+        server = await _listen(app, settings, credentials, metrics, signals, cleanup)
         metrics_port = _serve_metrics(settings, metrics, cleanup)
     log.info("listening", address=settings.listen, port=server.port, metrics_port=metrics_port)
-    if not is_loopback(settings.listen):
-        log.warning("open_to_the_network", address=settings.listen, hint="anybody who reaches it can use it")
     if not settings.reuse_port:
         await _load(app, signals, cleanup)
         if signals.first.is_set():
             return
     _announce(app, server, metrics)
+    metrics.observe_ledger(open_holds=app.num_open_holds, unsent_events=app.num_unsent_events)
     if on_ready:
         on_ready(server.port)
     watching = asyncio.create_task(_watch(app, server))
@@ -109,7 +147,12 @@ class _Signals:
 
 
 async def _listen(
-    app: App, settings: Settings, metrics: Metrics, signals: _Signals, cleanup: contextlib.AsyncExitStack
+    app: App,
+    settings: Settings,
+    credentials: grpc.ServerCredentials | None,
+    metrics: Metrics,
+    signals: _Signals,
+    cleanup: contextlib.AsyncExitStack,
 ) -> RunningServer:
     server = await start_server(
         app,
@@ -119,6 +162,7 @@ async def _listen(
         max_batch_in_flight=settings.max_batch_in_flight,
         resume_window=settings.resume_window,
         resume_max_bytes=settings.resume_max_bytes,
+        credentials=credentials,
         reuse_port=settings.reuse_port,
         serving=False,
     )

@@ -6,11 +6,15 @@
 ...         print(text, end="", flush=True)
 """
 
-from headrace.client.async_client import AsyncBatch, AsyncClient, AsyncStream
+from headrace.client.async_client import AsyncClient
+from headrace.client.async_streams import AsyncBatch, AsyncStream, AsyncUsageWatch
 from headrace.client.channel import DEFAULT_ADDRESS, Tls
 from headrace.client.errors import (
     AlreadyExistsError,
+    AnswerExpiredError,
     AuthenticationError,
+    BudgetHeldError,
+    BudgetSpentError,
     CancelledError,
     DeadlineExceededError,
     FieldViolation,
@@ -20,12 +24,14 @@ from headrace.client.errors import (
     OverloadedError,
     PermissionDeniedError,
     PreconditionError,
+    RateLimitedError,
     ServerError,
     UnavailableError,
     UnsupportedOptionError,
 )
 from headrace.client.options import ChatOptions, Options, ScoreOptions
-from headrace.client.sync_client import Batch, Client, Stream
+from headrace.client.sync_client import Client
+from headrace.client.sync_streams import Batch, Stream, UsageWatch
 from headrace.client.types import (
     Attempt,
     AttemptOutcome,
@@ -49,6 +55,7 @@ from headrace.client.types import (
     Model,
     ModelCapabilities,
     ModelLimits,
+    ModelPrice,
     ModelState,
     Prompt,
     PromptEcho,
@@ -70,18 +77,37 @@ from headrace.client.types import (
     TopLogprob,
     Usage,
 )
+from headrace.client.usage_types import (
+    Allowance,
+    Budget,
+    CostEstimate,
+    CostRange,
+    MoneyAllowance,
+    Receipt,
+    ReceiptState,
+    UsageDimension,
+    UsageReport,
+    UsageRow,
+    UsageTotals,
+)
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "Allowance",
     "AlreadyExistsError",
+    "AnswerExpiredError",
     "AsyncBatch",
     "AsyncClient",
     "AsyncStream",
+    "AsyncUsageWatch",
     "Attempt",
     "AttemptOutcome",
     "AuthenticationError",
     "Batch",
+    "Budget",
+    "BudgetHeldError",
     "BudgetPolicy",
+    "BudgetSpentError",
     "CacheMode",
     "CacheStatus",
     "CancelledError",
@@ -90,6 +116,8 @@ __all__ = [
     "Client",
     "Completion",
     "Cost",
+    "CostEstimate",
+    "CostRange",
     "DeadlineExceededError",
     "DeterminismClass",
     "End",
@@ -108,7 +136,9 @@ __all__ = [
     "Model",
     "ModelCapabilities",
     "ModelLimits",
+    "ModelPrice",
     "ModelState",
+    "MoneyAllowance",
     "NotFoundError",
     "Options",
     "OverloadedError",
@@ -116,6 +146,9 @@ __all__ = [
     "PreconditionError",
     "Prompt",
     "PromptEcho",
+    "RateLimitedError",
+    "Receipt",
+    "ReceiptState",
     "Report",
     "Role",
     "SamplingDefaults",
@@ -139,4 +172,9 @@ __all__ = [
     "UnavailableError",
     "UnsupportedOptionError",
     "Usage",
+    "UsageDimension",
+    "UsageReport",
+    "UsageRow",
+    "UsageTotals",
+    "UsageWatch",
 ]

@@ -12,7 +12,13 @@ from typing import Any, Final
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
-from headrace.v1 import generation_pb2_grpc, models_pb2_grpc, scoring_pb2_grpc, tokenization_pb2_grpc
+from headrace.v1 import (
+    accounting_pb2_grpc,
+    generation_pb2_grpc,
+    models_pb2_grpc,
+    scoring_pb2_grpc,
+    tokenization_pb2_grpc,
+)
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 
@@ -24,6 +30,7 @@ SERVICE_CONFIG: Final = {
                 {"service": "headrace.v1.ModelService"},
                 {"service": "headrace.v1.ScoringService"},
                 {"service": "headrace.v1.TokenizationService"},
+                {"service": "headrace.v1.UsageService"},
             ],
             # The server sends nothing before the first event, so a retry up to there is invisible. gRPC takes the wait
             # from the server's grpc-retry-pushback-ms where it is given.
@@ -97,6 +104,7 @@ class Stubs:
         scoring: Any = scoring_pb2_grpc.ScoringServiceStub(channel)  # type: ignore[no-untyped-call]
         tokenization: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)  # type: ignore[no-untyped-call]
         models: Any = models_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
+        usage: Any = accounting_pb2_grpc.UsageServiceStub(channel)  # type: ignore[no-untyped-call]
         self.generate = generation.Generate
         self.generate_stream = generation.GenerateStream
         self.cancel_stream = generation.CancelStream
@@ -107,6 +115,12 @@ class Stubs:
         self.count_tokens = tokenization.CountTokens
         self.list_models = models.ListModels
         self.get_model = models.GetModel
+        self.get_usage = usage.GetUsage
+        self.watch_usage = usage.WatchUsage
+        self.get_receipt = usage.GetReceipt
+        self.get_budget = usage.GetBudget
+        self.list_prices = usage.ListPrices
+        self.estimate_cost = usage.EstimateCost
         # grpc.health.v1's messages have one field each, of the same type and number as these. Its own package is one
         # that only servers need.
         self.check_health: Any = channel.unary_unary(

@@ -4,11 +4,15 @@
     ├── InvalidArgumentError     a field has a value that cannot be: ``violations`` names it
     ├── UnsupportedOptionError   a field is set that the model cannot honour, or the server lacks the method
     ├── NotFoundError            no such model, or not for this caller; no such stream to resume
-    ├── AlreadyExistsError       the idempotency key was used and its answer is gone
+    ├── AlreadyExistsError       there is something of that name
+    │   └── AnswerExpiredError   the idempotency key was used and its answer is gone
     ├── PreconditionError        the server is in no state to do this; somebody else has resumed or cancelled the stream
     ├── AuthenticationError      no credentials, or wrong ones
     ├── PermissionDeniedError    right credentials, but not for this
     ├── OverloadedError          no room now, or a limit is reached; ``retry_after`` says when to try again
+    │   ├── RateLimitedError     the caller has had its share of this minute
+    │   ├── BudgetHeldError      what is left of the budget is held for calls that run
+    │   └── BudgetSpentError     what is left of the budget is too little until the month ends: no ``retry_after``
     ├── UnavailableError         the server cannot be reached, or is stopping
     ├── DeadlineExceededError    ``timeout`` passed
     ├── CancelledError           the call was cancelled, here or by the server
@@ -31,11 +35,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from headrace.client import convert
-from headrace.client.types import Usage
+from headrace.client.types import Cost, Usage
 from headrace.v1 import generation_pb2, usage_pb2
 
 REQUEST_ID_TRAILER: Final = "x-request-id"
 USAGE_TRAILER: Final = "headrace-usage-bin"
+COST_TRAILER: Final = "headrace-cost-bin"
+_DOMAIN: Final = "headrace"
 
 _SPEC: Final = "spec."
 """Where requests have the GenerationSpec. Callers set its fields as options and never see it."""
@@ -63,6 +69,8 @@ class HeadraceError(Exception):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
         usage: Usage | None = None,
+        cost: Cost | None = None,
+        subject: str | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -78,6 +86,10 @@ class HeadraceError(Exception):
         """What belongs to ``reason``."""
         self.usage = usage
         """What the call had used when it failed. ``None``: not reported."""
+        self.cost = cost
+        """What that costs. ``None``: not reported."""
+        self.subject = subject
+        """Whose limit or budget is reached, such as ``"tenant:acme"``. ``None``: it is none of these."""
 
     def __str__(self) -> str:
         label = f" (request {self.request_id})" if self.request_id else ""
@@ -100,7 +112,11 @@ class NotFoundError(HeadraceError):
 
 
 class AlreadyExistsError(HeadraceError):
-    """The idempotency key was used and its answer is gone."""
+    """There is something of that name."""
+
+
+class AnswerExpiredError(AlreadyExistsError):
+    """The idempotency key was used and its answer is gone. What it cost stays posted."""
 
 
 class PreconditionError(HeadraceError):
@@ -117,6 +133,18 @@ class PermissionDeniedError(HeadraceError):
 
 class OverloadedError(HeadraceError):
     """No room now, or a limit is reached; ``retry_after`` says when to try again."""
+
+
+class RateLimitedError(OverloadedError):
+    """The caller has had its share of this minute; ``subject`` says whose limit it is."""
+
+
+class BudgetHeldError(OverloadedError):
+    """What is left of the budget of ``subject`` is held for calls that run; some of it comes back when they end."""
+
+
+class BudgetSpentError(OverloadedError):
+    """What is left of the budget of ``subject`` is too little, and stays so until the month ends."""
 
 
 class UnavailableError(HeadraceError):
@@ -154,6 +182,14 @@ ERROR_BY_CODE: Final[Mapping[grpc.StatusCode, type[HeadraceError]]] = {
     grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
 }
 
+ERROR_BY_REASON: Final[Mapping[str, type[HeadraceError]]] = {
+    "ANSWER_EXPIRED": AnswerExpiredError,
+    "BUDGET_HELD": BudgetHeldError,
+    "BUDGET_SPENT": BudgetSpentError,
+    "RATE_LIMITED": RateLimitedError,
+}
+"""By the reason of headrace's ErrorInfo: each says more than the class of its code, which it is one of."""
+
 _CODE_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -180,6 +216,7 @@ def from_rpc_error(call: EndedCall) -> HeadraceError:
         status.details if status else (),
         request_id=trailers.get(REQUEST_ID_TRAILER),
         usage=_usage(trailers.get(USAGE_TRAILER)),
+        cost=_cost(trailers.get(COST_TRAILER)),
     )
 
 
@@ -196,19 +233,26 @@ def _error(
     *,
     request_id: str | None,
     usage: Usage | None,
+    cost: Cost | None = None,
 ) -> HeadraceError:
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
     info = error_details_pb2.ErrorInfo()
     request = error_details_pb2.RequestInfo()
+    quota = error_details_pb2.QuotaFailure()
     retry_after = None
     for detail in details:
         detail.Unpack(bad_request)
         detail.Unpack(info)
         detail.Unpack(request)
+        detail.Unpack(quota)
         if detail.Unpack(retry):
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
-    return ERROR_BY_CODE.get(code, ServerError)(
+    kind = ERROR_BY_CODE.get(code, ServerError)
+    by_reason = ERROR_BY_REASON.get(info.reason) if info.domain == _DOMAIN else None
+    if by_reason is not None and issubclass(by_reason, kind):
+        kind = by_reason
+    return kind(
         code,
         message,
         request_id=request_id or request.request_id or None,
@@ -219,7 +263,18 @@ def _error(
         reason=info.reason or None,
         metadata=info.metadata,
         usage=usage,
+        cost=cost,
+        subject=quota.violations[0].subject if quota.violations else None,
     )
+
+
+def _cost(trailer: bytes | None) -> Cost | None:
+    if trailer is None:
+        return None
+    try:
+        return convert.cost(usage_pb2.Cost.FromString(trailer))
+    except DecodeError:
+        return None
 
 
 def _usage(trailer: bytes | None) -> Usage | None:

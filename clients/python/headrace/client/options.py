@@ -178,6 +178,7 @@ class ScoreOptions(ChatOptions, total=False):
     """Options of a scoring, by the fields of ScoreRequest."""
 
     request_id: Annotated[str | None, At("request_id", _value)]
+    idempotency_key: Annotated[str | None, At("idempotency_key", _value)]
     model: Annotated[str | None, At("model", _value)]
 
     tokens: Annotated[bool | None, At("response.tokens", _value)]

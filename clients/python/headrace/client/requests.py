@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any, TypeAlias
 
 from headrace.client import options as option_table
 from headrace.client.types import Infill, Message, Prompt, Role, ToolCall
-from headrace.v1 import generation_pb2, scoring_pb2, tokenization_pb2
+from headrace.client.usage_types import UsageDimension
+from headrace.v1 import accounting_pb2, generation_pb2, scoring_pb2, tokenization_pb2
 
 BatchPrompt: TypeAlias = Prompt | generation_pb2.GenerationSpec
 """A GenerationSpec is a prompt with options of its own."""
@@ -137,6 +139,30 @@ def detokenize(
     token_ids: Sequence[int], model: str | None, *, skip_special_tokens: bool
 ) -> tokenization_pb2.DetokenizeRequest:
     return tokenization_pb2.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def usage(
+    by: UsageDimension | str | Sequence[UsageDimension | str],
+    *,
+    tenant: str | None,
+    key_id: str | None,
+    model: str | None,
+    first_day: date | str | None,
+    last_day: date | str | None,
+) -> accounting_pb2.GetUsageRequest:
+    dimensions = (by,) if isinstance(by, str) else by
+    try:
+        names = [UsageDimension(one).name for one in dimensions]
+    except ValueError as error:
+        raise ValueError(f"by: {error}; there is {', '.join(UsageDimension)}") from error
+    return accounting_pb2.GetUsageRequest(
+        tenant=tenant,
+        key_id=key_id,
+        model=model,
+        first_day=None if first_day is None else str(first_day),
+        last_day=None if last_day is None else str(last_day),
+        group_by=[f"USAGE_DIMENSION_{name}" for name in names],
+    )
 
 
 def _text_or_chat(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str | None, generation_pb2.ChatInput | None]:

@@ -1,16 +1,18 @@
-"""When a broken stream is resumed, and how: the same for both clients."""
+"""When a broken stream is resumed, and how: the same for both clients. A watch of usage goes on in the same way."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
 import grpc
 
 from headrace.client import errors
-from headrace.v1 import generation_pb2
+from headrace.v1 import accounting_pb2, generation_pb2
 
 DEFAULT_MAX_RESUMPTIONS: Final = 3
+SEQUENCE_METADATA: Final = "headrace-usage-sequence"
 GOODBYE_SECONDS: Final = 1.0
 """For telling the server that a stream is not going to be resumed."""
 
@@ -54,3 +56,46 @@ class Resumption:
     def goodbye(self) -> generation_pb2.CancelStreamRequest:
         """Tells the server that nobody will resume the stream: it would go on for a while."""
         return generation_pb2.CancelStreamRequest(request_id=self.request.spec.request_id)
+
+
+class WatchResumption:
+    """Decides for one watch of usage, which has no end of its own: it goes on with the next server, too."""
+
+    def __init__(
+        self, request: accounting_pb2.WatchUsageRequest, *, max_resumptions: int, timeout: float | None
+    ) -> None:
+        self._request = request
+        self._most = max_resumptions
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._tries = 0
+        self.sequence = request.after_sequence if request.HasField("after_sequence") else None
+        """Of the last receipt that is known; ``None`` before the server has said where the watch begins."""
+
+    def began(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Takes what the server says at the beginning of a call."""
+        said = dict(metadata or ()).get(SEQUENCE_METADATA)
+        if self.sequence is None and isinstance(said, str) and said.isdecimal():
+            self.sequence = int(said)
+
+    def saw(self, sequence: int) -> None:
+        """A receipt came."""
+        self.sequence, self._tries = sequence, 0
+
+    def request(self) -> accounting_pb2.WatchUsageRequest:
+        """Goes on after the last receipt that is known."""
+        return accounting_pb2.WatchUsageRequest(
+            after_sequence=self.sequence, tenant=self._request.tenant if self._request.HasField("tenant") else None
+        )
+
+    def timeout(self) -> float | None:
+        """Seconds that are left of the call's timeout."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def goes_on_after(self, error: errors.HeadraceError) -> bool:
+        """Whether it is worth another try, which is then counted."""
+        # A server that has no time left to say that it stops cancels the call.
+        is_break = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        if not is_break or self.sequence is None or self._tries >= self._most:
+            return False
+        self._tries += 1
+        return True

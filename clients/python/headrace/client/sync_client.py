@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from datetime import date
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 
 from headrace.client import channel as channels
-from headrace.client import convert, errors, requests, responses
+from headrace.client import convert, errors, requests, usage_convert
 from headrace.client.options import ChatOptions, Options, ScoreOptions
-from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, GOODBYE_SECONDS, Resumption
+from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, Resumption, WatchResumption
+from headrace.client.sync_streams import Batch, Stream, UsageWatch
+from headrace.client.trailers import Trailers
 from headrace.client.types import (
     Completion,
-    Event,
     Health,
     Model,
+    ModelPrice,
     Prompt,
-    Report,
     Scores,
     TokenCount,
     Tokenization,
 )
-from headrace.v1 import generation_pb2, models_pb2
-
-T = TypeVar("T")
+from headrace.client.usage_types import Budget, CostEstimate, Receipt, UsageDimension, UsageReport
+from headrace.v1 import accounting_pb2, generation_pb2, models_pb2
 
 
 class Client:
@@ -78,7 +76,8 @@ class Client:
     ) -> Completion:
         """Generates and answers once. ``spec`` is a ready specification: the prompt and options given beside it win."""
         request = generation_pb2.GenerateRequest(spec=requests.spec(prompt, spec, options))
-        return convert.completion(self._unary(self._stubs.generate, request, timeout))
+        response, trailers = self._with_trailers(self._stubs.generate, request, timeout)
+        return convert.completion(response, trailers)
 
     def stream(
         self,
@@ -126,7 +125,8 @@ class Client:
         prompt itself. A candidate's tokens are encoded by themselves: it begins with its space, as in ``" Paris"``.
         """
         request = requests.score(prompt, candidates, options)
-        return convert.scores(self._unary(self._stubs.score, request, timeout))
+        response, trailers = self._with_trailers(self._stubs.score, request, timeout)
+        return convert.scores(response, trailers)
 
     def tokenize(
         self,
@@ -175,6 +175,66 @@ class Client:
         response = self._unary(self._stubs.get_model, models_pb2.GetModelRequest(name=name), timeout)
         return convert.model(response.model)
 
+    def get_usage(
+        self,
+        by: UsageDimension | str | Sequence[UsageDimension | str] = (),
+        *,
+        tenant: str | None = None,
+        key_id: str | None = None,
+        model: str | None = None,
+        first_day: date | str | None = None,
+        last_day: date | str | None = None,
+        timeout: float | None = None,
+    ) -> UsageReport:
+        """What was used on the days (UTC) from first to last, by default this month's; a row for each group of ``by``,
+        such as ``["day", "model"]``. An operator sees all tenants, or one.
+        """
+        request = requests.usage(by, tenant=tenant, key_id=key_id, model=model, first_day=first_day, last_day=last_day)
+        return usage_convert.usage_report(self._unary(self._stubs.get_usage, request, timeout))
+
+    def watch_usage(
+        self, *, after_sequence: int | None = None, tenant: str | None = None, timeout: float | None = None
+    ) -> UsageWatch:
+        """Receipts of calls as they are settled: from now on, or all after a sequence number; 0 begins with the first
+        of all. It never ends by itself. If the connection breaks it goes on where it was: no receipt is lost, and none
+        comes twice.
+        """
+        request = accounting_pb2.WatchUsageRequest(after_sequence=after_sequence, tenant=tenant)
+        resumption = WatchResumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
+        return UsageWatch(self._stubs, self._metadata, resumption)
+
+    def get_receipt(
+        self, request_id: str, *, tenant: str | None = None, timeout: float | None = None
+    ) -> tuple[Receipt, ...]:
+        """What became of the calls that had this request id, the newest first; NotFoundError if there are none."""
+        request = accounting_pb2.GetReceiptRequest(request_id=request_id, tenant=tenant)
+        return usage_convert.receipts(self._unary(self._stubs.get_receipt, request, timeout))
+
+    def get_budget(self, *, tenant: str | None = None, timeout: float | None = None) -> tuple[Budget, ...]:
+        """What may be spent in this month, what was, and what is left: the tenant's, then the key's if it has one."""
+        request = accounting_pb2.GetBudgetRequest(tenant=tenant)
+        return usage_convert.budgets(self._unary(self._stubs.get_budget, request, timeout))
+
+    def list_prices(
+        self, name: str | None = None, *, served_only: bool = False, timeout: float | None = None
+    ) -> tuple[ModelPrice, ...]:
+        """Prices of the models that the server serves, and of others to compare; ``name`` is a part of a model's."""
+        request = accounting_pb2.ListPricesRequest(name_contains=name, served_only=served_only)
+        response = self._unary(self._stubs.list_prices, request, timeout)
+        return tuple(map(convert.price, response.prices))
+
+    def estimate_cost(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        spec: generation_pb2.GenerationSpec | None = None,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> CostEstimate:
+        """What ``generate`` would cost with the same arguments, and whether the budgets would let it run."""
+        request = accounting_pb2.EstimateCostRequest(spec=requests.spec(prompt, spec, options))
+        return usage_convert.estimate(self._unary(self._stubs.estimate_cost, request, timeout))
+
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Whether the server, or one of its services by full name, can serve."""
         return convert.health(self._unary(self._stubs.check_health, service, timeout))
@@ -200,133 +260,9 @@ class Client:
         except grpc.RpcError as error:
             raise errors.from_rpc_error(error) from error
 
-
-class _Responses(Generic[T]):
-    """A call whose responses are iterated. Closing it early cancels the call."""
-
-    def __init__(self, call: Any, read: Callable[[Any], T | None], check_end: Callable[[], None]) -> None:
-        self._call = call
-        self._read = read
-        self._check_end = check_end
-        self._done = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> T:
-        while not self._done:
-            try:
-                message = next(self._call)
-            except StopIteration:
-                self._done = True
-                self._check_end()
-            except grpc.RpcError as error:
-                self._go_on(error)
-            else:
-                item = self._read(message)
-                if item is not None:
-                    return item
-        raise StopIteration
-
-    def close(self) -> None:
-        """Cancels the call if it is not over."""
-        was_done, self._done = self._done, True
-        self._call.cancel()
-        if not was_done:
-            self._say_goodbye()
-
-    def _go_on(self, error: grpc.RpcError) -> None:
-        """Raises what the call failed with, or goes on with another."""
-        failure = errors.from_rpc_error(error)
+    def _with_trailers(self, method: Any, request: Any, timeout: float | None) -> tuple[Any, Trailers]:
         try:
-            if self._done:
-                raise failure
-            self._call = self._go_on_after(failure)
-        except errors.HeadraceError as final:
-            self._done = True
-            raise final from error
-        if self._done:  # closed meanwhile
-            self._call.cancel()
-
-    def _go_on_after(self, error: errors.HeadraceError) -> Any:
-        """A call that goes on where this one failed. Raises ``error``, or what is to be said instead."""
-        raise error
-
-    def _say_goodbye(self) -> None:
-        """Tells the server what a cancel does not."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not self._done:
-            self._call.cancel()
-            warnings.warn(responses.LEAK, ResourceWarning, stacklevel=2, source=self)
-
-
-class Stream(_Responses[Event]):
-    """The events of one generation."""
-
-    def __init__(self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: Resumption) -> None:
-        self._stubs = stubs
-        self._metadata = metadata
-        self._resumption = resumption
-        self._reader = responses.StreamReader(resumption.request.resume_after_sequence)
-        super().__init__(self._start(resumption.request), self._reader.read, self._reader.check_end)
-
-    @property
-    def sequence(self) -> int:
-        """The sequence number of the last event; 0 before the first."""
-        return self._reader.sequence
-
-    @property
-    def report(self) -> Report | None:
-        """Usage, cost and timings, once the stream has ended."""
-        return self._reader.report
-
-    def texts(self) -> Iterator[str]:
-        """The text of the first choice, piece by piece."""
-        for event in self:
-            if text := responses.text_of_first_choice(event):
-                yield text
-
-    def _start(self, request: generation_pb2.GenerateStreamRequest) -> Any:
-        return self._stubs.generate_stream(request, timeout=self._resumption.timeout(), metadata=self._metadata)
-
-    def _go_on_after(self, error: errors.HeadraceError) -> Any:
-        request = self._resumption.after(error, self.sequence)
-        if request is None:
-            raise self._resumption.failure(error)
-        return self._start(request)
-
-    def _say_goodbye(self) -> None:
-        if self._resumption.is_resumable:
-            # In a thread: a signal handler that closes the stream may have interrupted gRPC in this one.
-            goodbye = threading.Thread(target=self._cancel_stream, daemon=True)
-            goodbye.start()
-            goodbye.join(GOODBYE_SECONDS)
-
-    def _cancel_stream(self) -> None:
-        # ValueError: the client is closed. Without a goodbye the stream ends by itself, later.
-        with contextlib.suppress(grpc.RpcError, ValueError):
-            self._stubs.cancel_stream(self._resumption.goodbye(), timeout=GOODBYE_SECONDS, metadata=self._metadata)
-
-
-class Batch(_Responses[responses.BatchItem]):
-    """The outcomes of a batch, each with its prompt's index, in the order of completion."""
-
-    def __init__(self, call: Any, sent: requests.BatchRequests) -> None:
-        super().__init__(call, responses.batch_item, sent.check)
-        self._sent = sent
-
-    def __next__(self) -> responses.BatchItem:
-        """Raises what reading the prompts raised, as soon as it is seen; that cancels the batch."""
-        if self._sent.error is not None:
-            self.close()
-            self._sent.check()
-        return super().__next__()
+            response, call = method.with_call(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise errors.from_rpc_error(error) from error
+        return response, Trailers.read(call.trailing_metadata())

@@ -9,8 +9,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 # --- names ---------------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,22 @@ Prompt: TypeAlias = str | Sequence[int] | ChatPrompt | Infill
 """Text, continued as it is; token ids; a conversation, laid out by the model's chat template; or text with a hole."""
 
 
+# --- money ---------------------------------------------------------------------------------------------------------
+
+
+@overload
+def in_units(nanos: int) -> Decimal: ...
+
+
+@overload
+def in_units(nanos: int | None) -> Decimal | None: ...
+
+
+def in_units(nanos: int | None) -> Decimal | None:
+    """Billionths of a currency's unit in that unit; exact."""
+    return None if nanos is None else Decimal(nanos).scaleb(-9)
+
+
 # --- answers -------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +203,12 @@ class Cost:
     @property
     def charge(self) -> Decimal:
         """What the tenant pays, in the currency's unit; exact."""
-        return Decimal(self.charge_nanos).scaleb(-9)
+        return in_units(self.charge_nanos)
+
+    @property
+    def cost(self) -> Decimal | None:
+        """What the provider bills the operator, where that is known and the caller's to see."""
+        return in_units(self.cost_nanos)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +342,10 @@ class Completion:
     prompt: PromptEcho | None = None
     choices: tuple[Choice, ...]
     report: Report
+    budget_warnings: tuple[str, ...] = ()
+    """Whose soft limits the call has exceeded, such as ``"tenant:acme"``."""
+    replayed: bool = False
+    """Whether it was answered before, under the same idempotency key."""
 
     @property
     def text(self) -> str:
@@ -372,6 +398,10 @@ class Scores:
     request_id: str
     scores: tuple[Score, ...]
     report: Report
+    budget_warnings: tuple[str, ...] = ()
+    """Whose soft limits the call has exceeded, such as ``"tenant:acme"``."""
+    replayed: bool = False
+    """Whether it was answered before, under the same idempotency key."""
 
     @property
     def logprobs(self) -> tuple[float, ...]:
@@ -465,6 +495,43 @@ class MeasuredSpeed:
 
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
+    time_to_first_token_p50: float | None = None
+    time_to_first_token_p99: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPrice:
+    """What a model's tokens cost, for a million of them: in billionths of the currency's unit, and as a ``Decimal`` in
+    that unit. Input of a kind that has no price of its own costs as other input.
+    """
+
+    price_id: str
+    provider: str
+    model: str
+    currency: str
+    input_nanos: int
+    output_nanos: int
+    cache_read_input_nanos: int | None = None
+    cache_write_input_nanos: int | None = None
+    effective_from: datetime | None = None
+    source: str = ""
+    served: bool = False
+
+    @property
+    def input(self) -> Decimal:
+        return in_units(self.input_nanos)
+
+    @property
+    def output(self) -> Decimal:
+        return in_units(self.output_nanos)
+
+    @property
+    def cache_read_input(self) -> Decimal | None:
+        return in_units(self.cache_read_input_nanos)
+
+    @property
+    def cache_write_input(self) -> Decimal | None:
+        return in_units(self.cache_write_input_nanos)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -484,3 +551,4 @@ class Model:
     limits: ModelLimits
     default_sampling: SamplingDefaults
     measured_speed: MeasuredSpeed | None
+    price: ModelPrice | None = None

@@ -159,6 +159,12 @@ class Engine:
         """Choices that wait for a slot."""
         return self._num_queued
 
+    def num_known_tokens(self, call: Call) -> int:
+        """Tokens of the prompt of a call that is tokenized which would be read from the cache, if it ran now."""
+        if call.prompt is None or not call.request.use_prefix_cache:
+            return 0
+        return self.runner.num_known_tokens(call.principal.tenant, call.prompt.token_ids)
+
     async def generate(self, call: Call) -> Events:
         """Runs a call that is resolved and tokenized. Raises QueueFull at once if there is no room to wait."""
         scoring = call.request.scoring

@@ -68,6 +68,21 @@ class PrefixTree:
                 found |= dict.fromkeys(slots - found.keys(), depth * self._block)
         return found
 
+    def longest(self, tenant: str, tokens: Sequence[int]) -> int:
+        """How many tokens, in whole blocks, the tenant's slots have of ``tokens`` from their beginning.
+
+        Safe to ask from any thread while the owner's changes the tree: it takes one item of one dictionary at a time by
+        its key, which is atomic, and iterates over nothing. What it finds may have been dropped a moment before.
+        """
+        if not self._block:
+            return 0
+        node, length = self._roots.get(tenant), 0
+        while node is not None and length + self._block <= len(tokens):
+            node = node.children.get(tuple(tokens[length : length + self._block]))
+            if node is not None:
+                length += self._block
+        return length
+
     def num_tokens(self, slot: int) -> int:
         """Tokens that are put down for a slot."""
         return (len(self._paths[slot]) - 1) * self._block

@@ -125,6 +125,10 @@ class Runner:
         """Tokens of the cache that sequences which are over have left for others; room for whoever wants it."""
         return self._scheduler.num_retained_tokens
 
+    def num_known_tokens(self, tenant: str, prompt_ids: tuple[int, ...]) -> int:
+        """Tokens of a prompt that would not have to be computed now."""
+        return self._scheduler.num_known_tokens(tenant, prompt_ids)
+
     def add(self, sequences: list[Sequence]) -> None:
         """Queues sequences."""
         self._commands.put(lambda: self._add(sequences))

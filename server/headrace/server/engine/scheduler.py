@@ -139,6 +139,10 @@ class Scheduler:
         common = self._slots.common(sequence.tenant, sequence.tokens, sequence.num_reusable_tokens)
         return max(common.values(), default=0)
 
+    def num_known_tokens(self, tenant: str, prompt_ids: tuple[int, ...]) -> int:
+        """Tokens of a prompt that would not have to be computed now. From any thread."""
+        return self._slots.longest(tenant, prompt_ids[:-2])
+
     def has_urgent_prompt(self) -> bool:
         """Whether one that is more urgent than BATCH waits for its first token."""
         first = self._queue.first()

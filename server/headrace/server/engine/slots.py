@@ -72,6 +72,10 @@ class Slots:
         """``PrefixTree.common``, of slots in use as far as they will be filled."""
         return self._tree.common(tenant, tokens, limit)
 
+    def longest(self, tenant: str, tokens: Sequence[int]) -> int:
+        """``PrefixTree.longest``; from any thread."""
+        return self._tree.longest(tenant, tokens)
+
     def touch(self, slot: int) -> None:
         """Notes that a slot was used, if it is retained."""
         if slot in self._retained:

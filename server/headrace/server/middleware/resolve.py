@@ -15,13 +15,13 @@ from headrace.server.registry import STRICT_OPTION, ModelRegistry, Served
 
 
 def resolve(inner: Handler, *, registry: ModelRegistry, strict: bool = False) -> Handler:
-    """Sets ``call.model``. Raises ModelNotFound, Loading, BackendUnavailable if it could not be loaded,
-    UnsupportedOption, or InvalidArgument for what exceeds the model's limits. ``strict``: every call is taken for one
-    that asks for ``determinism.strict``.
+    """Sets ``call.model``: for whom may not use it, it does not exist. Raises ModelNotFound, Loading,
+    BackendUnavailable if it could not be loaded, UnsupportedOption, or InvalidArgument for what exceeds the model's
+    limits. ``strict``: every call is taken for one that asks for ``determinism.strict``.
     """
 
     async def handle(call: Call) -> Events:
-        served = registry.find(call.request.model)
+        served = registry.find(call.request.model, call.principal.models)
         _check(call, served)
         if strict or call.request.strict:
             _check_strict(served)

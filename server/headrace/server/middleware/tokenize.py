@@ -43,7 +43,10 @@ def tokenize(inner: Handler, *, registry: ModelRegistry, executor: Executor, def
         assert call.model is not None
         loop = asyncio.get_running_loop()
         source = _with_reasoning(call.request, call.model)
-        call.prompt = await loop.run_in_executor(executor, make_prompt, source, call.model)
+        if _is_quick(source, call.model):
+            call.prompt = make_prompt(source, call.model)
+        else:
+            call.prompt = await loop.run_in_executor(executor, make_prompt, source, call.model)
         max_tokens, scoring = registry.find(call.model.card.name).max_tokens, call.request.scoring
         if scoring is None:
             _check_ids(call)
@@ -60,12 +63,22 @@ def tokenize(inner: Handler, *, registry: ModelRegistry, executor: Executor, def
 
 def _with_reasoning(request: GenerateRequest, model: Model) -> Input:
     """The input, with what the template has to be told of the reasoning that was asked for."""
-    chat, enabled, switch = request.input, request.reasoning.enabled, dialect_of(model.tokenizer).reasoning_switch
-    if enabled is None or switch is None or not isinstance(chat, ChatInput):
+    chat, enabled = request.input, request.reasoning.enabled
+    if enabled is None or not isinstance(chat, ChatInput):
+        return chat
+    switch = dialect_of(model.tokenizer).reasoning_switch
+    if switch is None:
         return chat
     if switch in chat.template_arguments:
         raise InvalidArgument("reasoning.enabled", f"says what chat.template_arguments says by {switch!r}; set one")
     return replace(chat, template_arguments={**chat.template_arguments, switch: enabled})
+
+
+def _is_quick(source: Input, model: Model) -> bool:
+    """Whether making the prompt takes less than handing that to another thread."""
+    if model.tokenizer is None:
+        return True
+    return isinstance(source, TextInput) and len(source.text) <= getattr(model.tokenizer, "quick_characters", 0)
 
 
 def make_prompt(source: Input, model: Model) -> Prompt:

@@ -110,14 +110,18 @@ def report_message(call: types.Call, *, now: float) -> pb.GenerationReport:
         model_digest=model.card.digest if model is not None else None,
         determinism_class=f"DETERMINISM_CLASS_{model.determinism.name}" if model is not None else None,
         attempts=[_attempt_message(attempt) for attempt in call.meter.attempts],
-        cost=_cost_message(call.meter.cost),
+        cost=cost_message(call),
     )
 
 
-def _cost_message(cost: types.Cost | None) -> usage_pb2.Cost | None:
+def cost_message(call: types.Call) -> usage_pb2.Cost | None:
+    """What ``call`` costs so far. What a provider bills is the operator's business alone."""
+    cost = call.meter.cost
     if cost is None:
         return None
     message = usage_pb2.Cost(currency=cost.currency, charge_nanos=cost.charge_nanos, price_id=cost.price_id)
+    if cost.cost_nanos is not None and call.principal.operator:
+        message.cost_nanos = cost.cost_nanos
     if cost.estimated:
         message.estimated = True
     return message
@@ -140,11 +144,15 @@ def _timings_message(call: types.Call, output_tokens: int | None, now: float) ->
     return timings
 
 
-def _duration(start: float | None, end: float | None) -> duration_pb2.Duration | None:
-    if start is None or end is None:
+def duration_message(seconds: float | None) -> duration_pb2.Duration | None:
+    if seconds is None:
         return None
-    seconds, nanos = divmod(round((end - start) * 1e9), 1_000_000_000)
-    return duration_pb2.Duration(seconds=seconds, nanos=nanos)
+    whole, nanos = divmod(round(seconds * 1e9), 1_000_000_000)
+    return duration_pb2.Duration(seconds=whole, nanos=nanos)
+
+
+def _duration(start: float | None, end: float | None) -> duration_pb2.Duration | None:
+    return None if start is None or end is None else duration_message(end - start)
 
 
 def _attempt_message(attempt: types.Attempt) -> usage_pb2.Attempt:

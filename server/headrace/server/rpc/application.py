@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from headrace.backends.api import DeterminismClass, ModelCard
-from headrace.backends.types import Handler, Principal, Sampling
+from headrace.backends.types import Call, Handler, Principal, Sampling
+from headrace.server.accounting.accounting import Accounting
 from headrace.server.registry import ModelState
 
 T = TypeVar("T")
@@ -52,6 +53,21 @@ class Application(Protocol):
         and, if ``resolve_model``, the model. Calls about models in general come without: they must not fail because the
         default model has.
         """
+
+    def prepared(self, inner: Handler) -> Handler:
+        """The part of the chain that makes a generation ready to run, around ``inner``, without counting it against
+        anything: the front, plugins' middleware for requests, entitlements, the model, tokens.
+        """
+
+    @property
+    def accounting(self) -> Accounting:
+        """Who may use what, what that costs, and where it is written down."""
+
+    def within_rate_limits(self, principal: Principal, tokens: int) -> bool:
+        """Whether a call of so many tokens at most would be let in now."""
+
+    def num_known_tokens(self, call: Call) -> int:
+        """Tokens of a prepared call's prompt that would be read from a cache, if it ran now."""
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:
         """The models that ``principal`` may use."""

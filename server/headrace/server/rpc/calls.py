@@ -18,15 +18,21 @@ from google.protobuf.message import DecodeError, Message
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from headrace.backends.errors import Draining, InvalidArgument
-from headrace.backends.types import Call, Events, GenerateRequest, StreamEnd, TokenIdsInput
+from headrace.backends.types import Call, Credentials, Events, GenerateRequest, StreamEnd, TokenIdsInput
 from headrace.server.metrics import Metrics
-from headrace.server.rpc.answer import usage_message
+from headrace.server.rpc.answer import cost_message, usage_message
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.status import Failure, Metadatum, failure_of
 
 REQUEST_ID_KEY = "x-request-id"
 USAGE_KEY = "headrace-usage-bin"
 """Trailer of a call that ends in an error after something was used: a serialized ``headrace.v1.Usage``."""
+COST_KEY = "headrace-cost-bin"
+"""Trailer beside it, where there is a price: a serialized ``headrace.v1.Cost``."""
+WARNING_KEY = "headrace-budget-warning"
+"""Trailer of a call that a soft limit would have refused if it were a hard one: which limit."""
+REPLAYED_KEY = "headrace-replayed"
+"""Trailer ``true`` of an answer that was given before, under the same idempotency key."""
 
 LARGE_REQUEST_BYTES = 16 * 1024
 """Converting this much to the domain takes up to some 20 ms: many small submessages are the slowest."""
@@ -68,7 +74,13 @@ class Rpc:
         if request_id is not None:
             self.request_id = request_id
             bind_contextvars(request_id=request_id)
-        self.context.set_trailing_metadata(((REQUEST_ID_KEY, self.request_id),))
+        self.context.set_trailing_metadata(self._trailers())
+
+    async def answer(self, working: Awaitable[Message | None]) -> Message | None:
+        """What ``working`` answers, with the trailers that are known by then."""
+        answer = await working
+        self.context.set_trailing_metadata(self._trailers())
+        return answer
 
     def begin(self, request: GenerateRequest) -> Call:
         """Makes the one domain call of this RPC."""
@@ -84,7 +96,7 @@ class Rpc:
             request_id=self.request_id if request_id is None else request_id,
             arrived=self.arrived if arrived is None else arrived,
             deadline=self.deadline,
-            metadata=self.metadata(),
+            credentials=Credentials(self.metadata(), _certificate_names(self.context)),
         )
 
     def metadata(self) -> Mapping[str, str]:
@@ -109,11 +121,20 @@ class Rpc:
             raise asyncio.CancelledError from error
 
     def trailers(self, failure: Failure) -> tuple[Metadatum, ...]:
-        trailers: tuple[Metadatum, ...] = ((REQUEST_ID_KEY, self.request_id), *failure.trailers())
+        trailers = [*self._trailers(), *failure.trailers()]
         if self.call is not None and self.call.meter.attempts:
-            usage = usage_message(self.call.meter.usage()).SerializeToString()
-            trailers = (*trailers, (USAGE_KEY, usage))
-        return trailers
+            trailers.append((USAGE_KEY, usage_message(self.call.meter.usage()).SerializeToString()))
+            if (cost := cost_message(self.call)) is not None:
+                trailers.append((COST_KEY, cost.SerializeToString()))
+        return tuple(trailers)
+
+    def _trailers(self) -> tuple[Metadatum, ...]:
+        """What every call tells, however it ends."""
+        trailers: list[Metadatum] = [(REQUEST_ID_KEY, self.request_id)]
+        if self.call is not None:
+            trailers += [(WARNING_KEY, warning) for warning in self.call.meter.warnings]
+            trailers += [(REPLAYED_KEY, "true")] * self.call.meter.replayed
+        return tuple(trailers)
 
 
 Behaviour = Callable[[Rpc, bytes], Awaitable[Message | None]]
@@ -198,7 +219,7 @@ class Calls:
             try:
                 if self.stopping.is_set() or self.application.draining:
                     raise Draining
-                return await behaviour(rpc, raw)
+                return await rpc.answer(behaviour(rpc, raw))
             except asyncio.CancelledError:
                 # context.cancelled() and done() are False after a deadline, and after a cancel too.
                 expired = context.time_remaining() == 0
@@ -268,6 +289,15 @@ def _log(rpc: Rpc, *, code: str, error_type: str, seconds: float) -> None:
     if rpc.call is not None:
         fields |= tokens_for_log(rpc.call)
     logger.info("call_finished", **fields)
+
+
+def _certificate_names(context: grpc.aio.ServicerContext[bytes, Outgoing]) -> tuple[str, ...]:
+    """Of the client's certificate; grpc gives them only where it has verified it. The common name counts only without
+    alternative names: an authority that vouches for those need not have looked at it.
+    """
+    known = context.auth_context()
+    names = known.get("x509_subject_alternative_name") or known.get("x509_common_name") or ()
+    return tuple(name.decode(errors="replace") for name in names)
 
 
 def _serialize(message: Outgoing) -> bytes:

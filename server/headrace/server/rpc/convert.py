@@ -16,8 +16,8 @@ from google.protobuf.message import Message
 from headrace.backends import formats, types
 from headrace.backends.errors import InvalidArgument
 from headrace.server.rpc.options import set_fields
+from headrace.v1 import accounting_pb2, scoring_pb2
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import scoring_pb2
 
 MAX_REQUEST_ID = 128
 MAX_TOOLS = 128
@@ -62,7 +62,10 @@ def request_id_of(message: pb.GenerationSpec | scoring_pb2.ScoreRequest) -> str 
 
 
 def to_request(
-    wrapper: pb.GenerateRequest | pb.GenerateStreamRequest | pb.GenerateBatchRequest,
+    wrapper: pb.GenerateRequest
+    | pb.GenerateStreamRequest
+    | pb.GenerateBatchRequest
+    | accounting_pb2.EstimateCostRequest,
     *,
     default_latency_class: types.LatencyClass = types.LatencyClass.CHAT,
 ) -> types.GenerateRequest:
@@ -72,6 +75,7 @@ def to_request(
     return types.GenerateRequest(
         input=to_input(spec),
         model=spec.model if spec.HasField("model") else None,
+        idempotency_key=spec.idempotency_key if spec.HasField("idempotency_key") else None,
         sampling=_sampling(spec.sampling),
         stopping=_stopping(spec.stopping),
         output_format=_output_format(spec.structured_output) if spec.HasField("structured_output") else None,
@@ -82,6 +86,7 @@ def to_request(
         reasoning=types.Reasoning(**_given(spec.reasoning, "enabled", "max_reasoning_tokens", "include_text")),
         seed=spec.determinism.seed if spec.determinism.HasField("seed") else None,
         strict=spec.determinism.strict,
+        clamp_to_budget=spec.budget_policy == pb.BUDGET_POLICY_CLAMP,
         use_prefix_cache=spec.cache.prefix != pb.CACHE_MODE_BYPASS,
         extensions={name: _struct(f"extensions[{name!r}]", value) for name, value in spec.extensions.items()},
         options=options,

@@ -27,6 +27,7 @@ from headrace.server.rpc.calls import NO_REQUEST, Rpc, convert, parse, run_in_fr
 from headrace.server.rpc.convert import request_id_of, to_request
 from headrace.server.rpc.resumption import ResumableStream, ResumableStreams, StreamKey
 from headrace.server.rpc.status import reason_of
+from headrace.server.speeds import RecentSpeeds
 from headrace.v1 import generation_pb2 as pb
 
 SPEC_PREFIX = "spec."
@@ -41,6 +42,7 @@ class Generation:
     metrics: Metrics
     clock: Callable[[], float]
     streams: ResumableStreams
+    speeds: RecentSpeeds
 
     async def unary(self, rpc: Rpc, raw: bytes) -> pb.GenerateResponse:
         """Generate."""
@@ -105,6 +107,7 @@ class Generation:
             raise
         finally:
             self.metrics.generation_finished(call, seconds=self.clock() - call.arrived, error_type=error_type)
+            self.speeds.saw(call)
 
     async def _resumable(self, rpc: Rpc, raw: bytes, message: pb.GenerateStreamRequest) -> None:
         """Starts a stream that can be resumed, or resumes one."""
@@ -145,6 +148,7 @@ class Generation:
     async def _plain(self, rpc: Rpc, request: GenerateRequest) -> None:
         """A stream that ends with its connection."""
         call = rpc.begin(request)
+        call.is_streamed = True
         async with self.measured(call), aclosing(self._messages(call)) as messages:
             async for message, delta in messages:
                 await rpc.write(message)
@@ -153,6 +157,7 @@ class Generation:
 
     async def _record(self, stream: ResumableStream) -> None:
         """Makes the messages of a stream that can be resumed, whoever reads them."""
+        stream.call.is_streamed = True
         async with self.measured(stream.call), aclosing(self._messages(stream.call)) as messages:
             async for message, delta in messages:
                 await self.streams.add(stream, message, 0 if delta is None else len(delta.token_ids))

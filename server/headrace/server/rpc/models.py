@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headrace.backends.components import ListedPrice
 from headrace.backends.errors import ModelNotFound
 from headrace.backends.types import Call, Sampling
+from headrace.server.rpc.answer import duration_message
 from headrace.server.rpc.application import Application, ServedModel
 from headrace.server.rpc.calls import NO_REQUEST, Rpc, parse, run_in_front
+from headrace.server.rpc.prices import price_message
+from headrace.server.speeds import ModelSpeed, RecentSpeeds
 from headrace.v1 import generation_pb2, models_pb2
 
 _SAMPLING_FIELDS = (
@@ -28,11 +32,12 @@ class Models:
     """Describes the models that the caller may use."""
 
     application: Application
+    speeds: RecentSpeeds
 
     async def list_models(self, rpc: Rpc, raw: bytes) -> models_pb2.ListModelsResponse:
         """ListModels."""
         parse(models_pb2.ListModelsRequest, raw)
-        return models_pb2.ListModelsResponse(models=map(model_message, await self._models(rpc)))
+        return models_pb2.ListModelsResponse(models=map(self._message, await self._models(rpc)))
 
     async def get_model(self, rpc: Rpc, raw: bytes) -> models_pb2.GetModelResponse:
         """GetModel."""
@@ -44,7 +49,11 @@ class Models:
             found = next((model for model in models if model.is_default), None)
         if found is None:
             raise ModelNotFound(message.name, tuple(model.card.name for model in models))
-        return models_pb2.GetModelResponse(model=model_message(found))
+        return models_pb2.GetModelResponse(model=self._message(found))
+
+    def _message(self, model: ServedModel) -> models_pb2.Model:
+        price = self.application.accounting.prices.current(model.backend, model.card.name)
+        return model_message(model, speed=self.speeds.of(model.card.name), price=price)
 
     async def _models(self, rpc: Rpc) -> Sequence[ServedModel]:
         async def work(call: Call) -> Sequence[ServedModel]:
@@ -54,7 +63,7 @@ class Models:
         return sorted(models, key=lambda model: model.card.name)
 
 
-def model_message(model: ServedModel) -> models_pb2.Model:
+def model_message(model: ServedModel, *, speed: ModelSpeed, price: ListedPrice | None) -> models_pb2.Model:
     """``None`` ("not known") stays unset."""
     card = model.card
     message = models_pb2.Model(
@@ -80,15 +89,23 @@ def model_message(model: ServedModel) -> models_pb2.Model:
             max_running=model.max_running,
         ),
         default_sampling=_sampling_message(model.default_sampling),
+        price=None if price is None else price_message(price, provider=model.backend, served=True),
     )
-    if model.prefill_tokens_per_second is not None or model.decode_tokens_per_second is not None:
-        message.measured_speed.CopyFrom(
-            models_pb2.MeasuredSpeed(
-                prefill_tokens_per_second=model.prefill_tokens_per_second,
-                decode_tokens_per_second=model.decode_tokens_per_second,
-            )
-        )
+    measured = _speed_message(model, speed)
+    if measured.ListFields():
+        message.measured_speed.CopyFrom(measured)
     return message
+
+
+def _speed_message(model: ServedModel, speed: ModelSpeed) -> models_pb2.MeasuredSpeed:
+    """An engine knows best how fast it decodes; of other models there is what calls have seen."""
+    decode = model.decode_tokens_per_second
+    return models_pb2.MeasuredSpeed(
+        prefill_tokens_per_second=model.prefill_tokens_per_second,
+        decode_tokens_per_second=speed.tokens_per_second if decode is None else decode,
+        time_to_first_token_p50=duration_message(speed.first_token_p50),
+        time_to_first_token_p99=duration_message(speed.first_token_p99),
+    )
 
 
 def _sampling_message(sampling: Sampling) -> generation_pb2.SamplingOptions:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import structlog
 
 from headrace.backends.errors import InvalidArgument, StreamAborted, StreamNotFound
-from headrace.backends.types import Call
+from headrace.backends.types import Call, Credentials
 from headrace.server.rpc.calls import NO_REQUEST, Rpc, tokens_for_log
 from headrace.server.rpc.status import failure_of
 from headrace.v1 import generation_pb2 as pb
@@ -226,7 +226,7 @@ class ResumableStreams:
         finally:
             stream.done = True
             # The prompt may be much larger than what is kept.
-            stream.call = replace(stream.call, request=NO_REQUEST, prompt=None, metadata={})
+            stream.call = replace(stream.call, request=NO_REQUEST, prompt=None, credentials=Credentials())
             stream.notify()
 
     def _left(self, stream: ResumableStream) -> None:

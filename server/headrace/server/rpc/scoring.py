@@ -63,6 +63,7 @@ def to_request(message: pb.ScoreRequest) -> types.GenerateRequest:
     return types.GenerateRequest(
         input=to_input(message),
         model=message.model if message.HasField("model") else None,
+        idempotency_key=message.idempotency_key if message.HasField("idempotency_key") else None,
         scoring=types.Scoring(
             candidates=tuple(_candidate(f"candidates[{i}]", one) for i, one in enumerate(message.candidates)),
             tokens=message.response.tokens,

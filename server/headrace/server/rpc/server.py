@@ -14,21 +14,25 @@ from grpc_reflection.v1alpha import reflection
 
 from headrace.server.metrics import Metrics
 from headrace.server.rpc import health as health_service
+from headrace.server.rpc.accounting import UsageReports
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.batch import GenerateBatch
 from headrace.server.rpc.calls import Calls
+from headrace.server.rpc.estimates import Estimates
 from headrace.server.rpc.generation import Generation
 from headrace.server.rpc.health import Health
 from headrace.server.rpc.models import Models
 from headrace.server.rpc.resumption import ResumableStreams
 from headrace.server.rpc.scoring import Scoring
 from headrace.server.rpc.tokenization import Tokenization
-from headrace.v1 import generation_pb2, models_pb2, scoring_pb2, tokenization_pb2
+from headrace.server.speeds import RecentSpeeds
+from headrace.v1 import accounting_pb2, generation_pb2, models_pb2, scoring_pb2, tokenization_pb2
 
 DEFAULT_MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 DEFAULT_MAX_BATCH_IN_FLIGHT = 64
 DEFAULT_RESUME_WINDOW_SECONDS = 10.0
 DEFAULT_RESUME_MAX_BYTES = 64 * 1024 * 1024
+DEFAULT_USAGE_POLL_SECONDS = 1.0
 
 END_SECONDS = 5.0
 """For running calls to send their end once the grace is over; then they are cancelled."""
@@ -42,7 +46,8 @@ _GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 _SCORING = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
 _TOKENIZATION = tokenization_pb2.DESCRIPTOR.services_by_name["TokenizationService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
-SERVICES = tuple(service.full_name for service in (_GENERATION, _SCORING, _TOKENIZATION, _MODELS))
+_USAGE = accounting_pb2.DESCRIPTOR.services_by_name["UsageService"]
+SERVICES = tuple(service.full_name for service in (_GENERATION, _SCORING, _TOKENIZATION, _MODELS, _USAGE))
 
 logger = structlog.get_logger(__name__)
 
@@ -95,6 +100,7 @@ async def start_server(
     max_batch_in_flight: int = DEFAULT_MAX_BATCH_IN_FLIGHT,
     resume_window: float = DEFAULT_RESUME_WINDOW_SECONDS,
     resume_max_bytes: int = DEFAULT_RESUME_MAX_BYTES,
+    usage_poll_seconds: float = DEFAULT_USAGE_POLL_SECONDS,
     credentials: grpc.ServerCredentials | None = None,
     reuse_port: bool = False,
     serving: bool = True,
@@ -102,8 +108,9 @@ async def start_server(
 ) -> RunningServer:
     """Starts serving at ``address``, such as ``"127.0.0.1:0"``, where port 0 takes a free one.
 
-    ``reuse_port`` lets several processes share the port. ``serving`` is what health checks hear at first. ``clock`` is
-    the clock of ``Call.arrived``; the engine uses the same. Raises OSError if the address cannot be had.
+    ``usage_poll_seconds`` lie between two looks at the ledger for those who watch it. ``reuse_port`` lets several
+    processes share the port. ``serving`` is what health checks hear at first. ``clock`` is the clock of
+    ``Call.arrived``; the engine uses the same. Raises OSError if the address cannot be had.
     """
     server = grpc.aio.server(
         options=(
@@ -120,7 +127,8 @@ async def start_server(
     calls = Calls(application, metrics, clock)
     health = Health(SERVICES)
     streams = ResumableStreams(window=resume_window, max_bytes=resume_max_bytes, track=calls.track)
-    _add_services(server, application, calls, Generation(application, metrics, clock, streams), max_batch_in_flight)
+    generation = Generation(application, metrics, clock, streams, RecentSpeeds())
+    _add_services(server, application, calls, generation, max_batch_in_flight, usage_poll_seconds)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((*SERVICES, health_service.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
@@ -143,9 +151,11 @@ def _add_services(
     calls: Calls,
     generation: Generation,
     max_batch_in_flight: int,
+    usage_poll_seconds: float,
 ) -> None:
     tokenization = Tokenization(application)
-    models = Models(application)
+    models = Models(application, generation.speeds)
+    usage = UsageReports(application, calls.stopping, usage_poll_seconds)
     server.add_generic_rpc_handlers(
         (
             calls.service_handler(
@@ -167,5 +177,16 @@ def _add_services(
                 },
             ),
             calls.service_handler(_MODELS, {"ListModels": models.list_models, "GetModel": models.get_model}),
+            calls.service_handler(
+                _USAGE,
+                {
+                    "GetUsage": usage.get_usage,
+                    "WatchUsage": usage.watch_usage,
+                    "GetReceipt": usage.get_receipt,
+                    "GetBudget": usage.get_budget,
+                    "ListPrices": usage.list_prices,
+                    "EstimateCost": Estimates(application).estimate_cost,
+                },
+            ),
         )
     )

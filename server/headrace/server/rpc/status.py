@@ -46,6 +46,8 @@ class Failure:
     def trailers(self) -> tuple[Metadatum, ...]:
         """The trailing metadata that says more than code and message."""
         details: tuple[Metadatum, ...] = tuple(rpc_status.to_status(self.status).trailing_metadata)
+        if self.code is _CODE.RESOURCE_EXHAUSTED and self.retry_after is None:
+            return (*details, ("grpc-retry-pushback-ms", "-1"))  # or a client's retry policy would try again
         if self.retry_after is None:
             return details
         return (*details, ("grpc-retry-pushback-ms", str(round(self.retry_after * 1000))))
@@ -85,7 +87,15 @@ def _resource(error: errors.ModelNotFound, _prefix: str) -> list[Message]:
     ]
 
 
-def _retry(error: errors.Overloaded | errors.Loading | errors.Draining, _prefix: str) -> list[Message]:
+def _quota(error: errors.RateLimited | errors.BudgetHeld | errors.BudgetSpent, prefix: str) -> list[Message]:
+    violation = error_details_pb2.QuotaFailure.Violation(
+        subject=_clip(error.subject, MAX_NAME_BYTES), description=_clip(error.message, MAX_MESSAGE_BYTES)
+    )
+    failure = error_details_pb2.QuotaFailure(violations=[violation])
+    return [failure] if isinstance(error, errors.BudgetSpent) else [failure, *_retry(error, prefix)]
+
+
+def _retry(error: Any, _prefix: str) -> list[Message]:
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(round(error.retry_after * 1000))
     return [error_details_pb2.RetryInfo(retry_delay=delay)]
@@ -101,11 +111,18 @@ TABLE: Mapping[type[errors.HeadraceError], _Row] = {
     errors.Overloaded: _Row(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED", details=_retry),
     errors.QueueFull: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", details=_retry),
     errors.QueueTimeout: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_TIMEOUT", details=_retry),
+    errors.RateLimited: _Row(_CODE.RESOURCE_EXHAUSTED, "RATE_LIMITED", details=_quota),
+    errors.BudgetHeld: _Row(_CODE.RESOURCE_EXHAUSTED, "BUDGET_HELD", details=_quota),
+    errors.BudgetSpent: _Row(_CODE.RESOURCE_EXHAUSTED, "BUDGET_SPENT", details=_quota),
     errors.Loading: _Row(_CODE.UNAVAILABLE, "MODEL_LOADING", details=_retry),
     errors.Draining: _Row(_CODE.UNAVAILABLE, "DRAINING", details=_retry),
     errors.DeadlineExceeded: _Row(_CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.StreamNotFound: _Row(_CODE.NOT_FOUND, "STREAM_NOT_FOUND"),
     errors.StreamAborted: _Row(_CODE.ABORTED, "STREAM_ABORTED"),
+    errors.AnswerExpired: _Row(_CODE.ALREADY_EXISTS, "ANSWER_EXPIRED"),
+    errors.ReceiptNotFound: _Row(_CODE.NOT_FOUND, "RECEIPT_NOT_FOUND"),
+    errors.NoLedger: _Row(_CODE.FAILED_PRECONDITION, "NO_LEDGER"),
+    errors.LedgerUnavailable: _Row(_CODE.UNAVAILABLE, "LEDGER_UNAVAILABLE", details=_retry),
     errors.BackendError: _Row(_CODE.INTERNAL, "BACKEND_ERROR"),
     errors.BackendUnavailable: _Row(_CODE.UNAVAILABLE, "BACKEND_UNAVAILABLE"),
 }

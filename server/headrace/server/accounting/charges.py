@@ -1,0 +1,99 @@
+"""What tokens cost: after a call, what it used; before it, what it can use at most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.backends.components import Price
+from headrace.backends.types import Attempt, AttemptOutcome, Cost, Usage
+
+TOKENS_PER_PRICE = 1_000_000
+
+_COUNTS = (
+    "input_tokens",
+    "cache_read_input_tokens",
+    "cache_write_input_tokens",
+    "output_tokens",
+    "reasoning_output_tokens",
+    "accepted_draft_tokens",
+    "rejected_draft_tokens",
+)
+
+
+def is_billed(attempt: Attempt) -> bool:
+    """What failed before its first token is nobody's to pay."""
+    return attempt.outcome is not AttemptOutcome.FAILED or bool(attempt.usage.output_tokens)
+
+
+def billed_usage(attempts: Sequence[Attempt]) -> Usage:
+    """What attempts used together, as far as it is billed. A count is reported if one of them reports it."""
+    billed = [attempt.usage for attempt in attempts if is_billed(attempt)]
+    if len(billed) == 1:
+        return billed[0]
+    total = Usage(estimated=any(usage.estimated for usage in billed))
+    for name in _COUNTS:
+        counts = [count for usage in billed if (count := getattr(usage, name)) is not None]
+        setattr(total, name, sum(counts) if counts else None)
+    return total
+
+
+def charge_nanos(usage: Usage, price: Price) -> int:
+    """What usage costs, each bucket rounded once, half up. A count that was not reported counts for nothing."""
+    read, written = usage.cache_read_input_tokens or 0, usage.cache_write_input_tokens or 0
+    return (
+        _round((usage.input_tokens or 0) - read - written, price.input_nanos)
+        + _round(read, _or(price.cache_read_input_nanos, price.input_nanos))
+        + _round(written, _or(price.cache_write_input_nanos, price.input_nanos))
+        + _round(usage.output_tokens or 0, price.output_nanos)
+    )
+
+
+def billed_nanos(attempts: Sequence[Attempt], price: Price) -> int:
+    """What attempts cost together, as far as they are billed."""
+    return sum(charge_nanos(attempt.usage, price) for attempt in attempts if is_billed(attempt))
+
+
+def cost_of(attempts: Sequence[Attempt], price: Price) -> Cost:
+    """What attempts cost together, as far as they are billed. Notes the price at each of them."""
+    for attempt in attempts:
+        attempt.price_id = price.id
+    return Cost(
+        currency=price.currency,
+        charge_nanos=billed_nanos(attempts, price),
+        price_id=price.id,
+        estimated=any(attempt.usage.estimated for attempt in attempts),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstCase:
+    """What a call can use at most. ``price`` is the dearest that may apply, ``None`` where nobody has one."""
+
+    input_tokens: int
+    """An upper bound; exact where the model's tokenizer is here."""
+    n: int
+    """Choices: each has output of its own, and they share the input."""
+    max_new_tokens: int
+    """Of each choice; 0 for a scoring."""
+    price: Price | None
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.n * self.max_new_tokens
+
+    @property
+    def nanos(self) -> int:
+        price = self.price
+        if price is None:
+            return 0
+        dearest = max(price.input_nanos, price.cache_read_input_nanos or 0, price.cache_write_input_nanos or 0)
+        return _round(self.input_tokens, dearest) + _round(self.n * self.max_new_tokens, price.output_nanos)
+
+
+def _round(tokens: int, nanos: int) -> int:
+    return (tokens * nanos + TOKENS_PER_PRICE // 2) // TOKENS_PER_PRICE
+
+
+def _or(nanos: int | None, otherwise: int) -> int:
+    return otherwise if nanos is None else nanos

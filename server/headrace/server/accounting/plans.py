@@ -1,0 +1,79 @@
+"""What a tenant or a key may use: a plan of the settings, or the limits of one key.
+
+[plans.free]
+monthly_money = "5.00"          # in the ledger's currency
+monthly_tokens = 1_000_000      # of input and output
+soft_monthly_money = "4.00"     # warned beyond it
+requests_per_minute = 60
+tokens_per_minute = 100_000
+max_streams = 4
+models = ["smollm2-135m"]
+latency_classes = ["chat", "batch"]
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from headrace.backends.types import LatencyClass
+from headrace.server.accounting.records import Allowance
+
+Money = Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)]
+
+
+def _latency_class(value: Any) -> Any:
+    """Takes its name, as people write it."""
+    if not isinstance(value, str):
+        return value
+    if value.upper() not in LatencyClass.__members__:
+        raise ValueError(f"must be one of {', '.join(one.name.lower() for one in LatencyClass)}")
+    return LatencyClass[value.upper()]
+
+
+NamedLatencyClass = Annotated[
+    LatencyClass, BeforeValidator(_latency_class), PlainSerializer(lambda one: one.name.lower(), return_type=str)
+]
+
+
+class Limits(BaseModel):
+    """What is unset is not limited."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    monthly_money: Money | None = None
+    """What calls may cost in a month, in the ledger's currency; those that could cost more are refused."""
+    monthly_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of input and output in a month; calls that could need more are refused."""
+    soft_monthly_money: Money | None = None
+    """Calls that could bring the month beyond this are warned."""
+    soft_monthly_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Calls that could bring the month beyond this are warned."""
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Calls begun in a minute, on each server process."""
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of input and of possible output of the calls begun in a minute, on each server process."""
+    max_streams: Annotated[int, Field(ge=1)] | None = None
+    """Calls at once, on each server process."""
+    models: frozenset[str] | None = None
+    """Models that may be used."""
+    latency_classes: frozenset[NamedLatencyClass] | None = None
+    """Latency classes that may be asked for."""
+
+    def allowance(self) -> Allowance:
+        """The monthly limits."""
+        return Allowance(
+            nanos=_nanos(self.monthly_money),
+            tokens=self.monthly_tokens,
+            soft_nanos=_nanos(self.soft_monthly_money),
+            soft_tokens=self.soft_monthly_tokens,
+        )
+
+
+UNLIMITED = Limits()
+
+
+def _nanos(money: Decimal | None) -> int | None:
+    return None if money is None else int(money.scaleb(9))

@@ -1,0 +1,151 @@
+"""Holds what a call can cost at most before it runs, and settles what it did cost when it is over, however it ends."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import replace
+
+from headrace.backends.components import Price
+from headrace.backends.types import (
+    AttemptOutcome,
+    Call,
+    ChoiceFinish,
+    Delta,
+    Event,
+    Events,
+    FinishReason,
+    Handler,
+)
+from headrace.server.accounting.accounting import Accounting
+from headrace.server.accounting.accounts import Terms
+from headrace.server.accounting.bounds import max_input_tokens
+from headrace.server.accounting.charges import WorstCase, billed_nanos, billed_usage, cost_of
+from headrace.server.accounting.ledger import Ledger
+from headrace.server.accounting.records import Hold, HoldRequest, Settlement
+from headrace.server.middleware.limits import RateLimits
+
+
+def account(inner: Handler, *, accounting: Accounting, limits: RateLimits) -> Handler:
+    """Sets ``call.meter.cost`` when a call of ``inner`` is over, by the price that held when it began. Raises
+    RateLimited, BudgetSpent, BudgetHeld or LedgerUnavailable before anything is used.
+    """
+
+    async def handle(call: Call) -> Events:
+        terms = accounting.accounts.terms(call.principal)
+        worst_case = worst_case_of(call, accounting)
+        limits.take_tokens(terms, worst_case.tokens)
+        try:
+            async with aclosing(await _begin(inner, call, accounting, worst_case, terms)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            usage = billed_usage(call.meter.attempts)
+            limits.give_back(terms, worst_case.tokens - (usage.input_tokens or 0) - (usage.output_tokens or 0))
+        if worst_case.max_new_tokens:
+            allowed = worst_case.n * worst_case.max_new_tokens
+            accounting.expectations.note(_model_name(call), usage.output_tokens or 0, allowed)
+
+    return handle
+
+
+def worst_case_of(call: Call, accounting: Accounting) -> WorstCase:
+    """What ``call``, which has its model and its tokens, can use at most."""
+    assert call.model is not None
+    price = accounting.prices.price(call.model.backend, call.model.card.name, accounting.clock())
+    counted = call.model.tokenizer is not None
+    return WorstCase(
+        input_tokens=call.num_input_tokens if counted else max_input_tokens(call.request.input),
+        n=call.request.n,
+        max_new_tokens=call.max_new_tokens,
+        price=price,
+    )
+
+
+def hold_request_of(call: Call, worst_case: WorstCase, terms: Terms) -> HoldRequest:
+    """What ``call`` asks the ledger for before it runs."""
+    least = max(1, call.request.stopping.min_new_tokens) if call.request.clamp_to_budget else None
+    return HoldRequest(
+        tenant=call.principal.tenant,
+        key=call.principal.key,
+        model=_model_name(call),
+        request_id=call.request_id,
+        worst_case=worst_case,
+        least_new_tokens=least,
+        allowances=tuple((account, limits.allowance()) for account, limits in terms),
+    )
+
+
+async def _begin(inner: Handler, call: Call, accounting: Accounting, worst_case: WorstCase, terms: Terms) -> Events:
+    if accounting.ledger is None:
+        return _priced(inner, call, worst_case.price)
+    hold = await accounting.ledger.hold(hold_request_of(call, worst_case, terms))
+    return _held(inner, call, accounting.ledger, hold)
+
+
+async def _priced(inner: Handler, call: Call, price: Price | None) -> Events:
+    """Runs a call that is written down nowhere."""
+    try:
+        async with aclosing(inner(call)) as events:
+            async for event in events:
+                yield event
+    finally:
+        _price(call, price)
+
+
+async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold) -> Events:
+    """Runs a call for which its worst case is held."""
+    is_clamped = hold.worst_case.max_new_tokens < call.max_new_tokens
+    call.max_new_tokens = hold.worst_case.max_new_tokens
+    call.meter.warnings = tuple(account.subject for account in hold.soft_limits_exceeded)
+    outcome = AttemptOutcome.CANCELLED
+    try:
+        async with aclosing(inner(call)) as events:
+            async for event in events:
+                if call.is_streamed and isinstance(event, Delta):
+                    # Before it is handed over: a kill loses nothing that a caller has seen.
+                    _note(call, ledger, hold)
+                yield _for_budget(event) if is_clamped else event
+        outcome = AttemptOutcome.COMPLETED
+    except Exception:
+        outcome = AttemptOutcome.FAILED
+        raise
+    finally:
+        # The last attempt knows better why it ended.
+        if call.meter.attempts and call.meter.attempts[-1].outcome is not None:
+            outcome = call.meter.attempts[-1].outcome
+        ledger.settle(_settlement(call, hold, outcome))
+
+
+def _note(call: Call, ledger: Ledger, hold: Hold) -> None:
+    attempts, price = call.meter.attempts, hold.worst_case.price
+    if attempts:
+        charge = 0 if price is None else billed_nanos(attempts, price)
+        ledger.note(hold, billed_usage(attempts), charge, attempts[-1].backend)
+
+
+def _settlement(call: Call, hold: Hold, outcome: AttemptOutcome) -> Settlement:
+    attempts = call.meter.attempts
+    _price(call, hold.worst_case.price)
+    return Settlement(
+        hold=hold,
+        usage=billed_usage(attempts),
+        cost=call.meter.cost,
+        outcome=outcome,
+        backend=attempts[-1].backend if attempts else None,
+    )
+
+
+def _price(call: Call, price: Price | None) -> None:
+    if price is not None and call.meter.attempts:
+        call.meter.cost = cost_of(call.meter.attempts, price)
+
+
+def _for_budget(event: Event) -> Event:
+    if isinstance(event, ChoiceFinish) and event.reason is FinishReason.MAX_TOKENS:
+        return replace(event, reason=FinishReason.BUDGET)
+    return event
+
+
+def _model_name(call: Call) -> str:
+    assert call.model is not None
+    return call.model.card.name

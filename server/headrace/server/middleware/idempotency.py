@@ -1,0 +1,374 @@
+"""Answers a request once, however often it is sent under its idempotency key.
+
+The first call with a key is run by a task of its own, which keeps the events; this call, and any other with the key
+that comes meanwhile, reads them from the first on, at its own pace. When it is over the answer goes into the ledger's
+database, before anybody gets its last event; from then on calls with the key get it from there. What is inside of this
+middleware runs, is billed and is reported once.
+
+A broken connection and a cancel look the same here, and who sends a key means to come back: a call that nobody reads
+goes on for a while. Then it is cancelled, as a call without a key is at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+
+import structlog
+from sqlalchemy import Connection
+
+from headrace.backends.api import Model
+from headrace.backends.errors import (
+    AnswerExpired,
+    HeadraceError,
+    InvalidArgument,
+    LedgerUnavailable,
+    ModelNotFound,
+    StreamAborted,
+)
+from headrace.backends.types import Call, Events, Handler, StreamEnd
+from headrace.server.accounting import answer_store
+from headrace.server.accounting.answer_store import LEASE, SECOND, Key
+from headrace.server.accounting.answers import Answer, AnswerEvent, answer_of, decode, digest, encode, size_of
+from headrace.server.accounting.clock import Clock
+from headrace.server.accounting.ledger import Ledger
+
+MAX_ANSWER_BYTES = 8 * 2**20
+"""In memory, about, of one answer; a larger one is read by one call alone, and not kept."""
+MAX_UNREAD = 16
+"""Calls of one tenant that go on without a reader: limits on calls at once do not count these."""
+
+logger = structlog.get_logger("headrace.idempotency")
+
+
+@dataclass(eq=False, slots=True)
+class _Reader:
+    """One call that reads the events of a run."""
+
+    position: int = 0
+    """Of the event that it takes next."""
+    left_behind: bool = False
+    """Whether events that it did not take are gone."""
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """What is answered under a key, by running a call or from the database."""
+
+    key: Key
+    call: Call
+    """The first; the one that runs."""
+    answer: Answer | None = None
+    """From the database."""
+    events: list[AnswerEvent] = field(default_factory=list)
+    first: int = 0
+    """Number of the first of ``events``; more than 0 only where it is not ``kept``."""
+    size: int = 0
+    """Bytes of ``events``, about."""
+    kept: bool = True
+    """Whether all events are there, for whoever comes later."""
+    readers: set[_Reader] = field(default_factory=set)
+    ending: bool = False
+    """Whether nobody can join any more."""
+    answered: bool = False
+    """Whether the call that runs has come to its end."""
+    done: bool = False
+    error: Exception | None = None
+    task: asyncio.Task[None] | None = None
+    expiry: asyncio.TimerHandle | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.events)
+
+    def notify(self) -> None:
+        """Wakes all that wait for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+
+class Idempotency:
+    """The keys of all tenants that this process serves now."""
+
+    def __init__(
+        self,
+        ledger: Ledger | None,
+        *,
+        clock: Clock,
+        hours: float,
+        max_bytes: int,
+        linger: float,
+    ) -> None:
+        """``hours`` for which answers are kept, and ``max_bytes`` of them, in the database and, apart from that, in
+        memory; ``linger``: seconds for which a call goes on that nobody reads. Without a ledger, hours or bytes, keys
+        are refused.
+        """
+        self._ledger = ledger if hours and max_bytes else None
+        self._clock = clock
+        self._max_age = round(hours * 3600 * SECOND)
+        self._max_bytes = max_bytes
+        self._linger = linger
+        self._runs: dict[tuple[str, str], _Run] = {}
+        self._unread: dict[_Run, None] = {}
+        """Those that nobody reads, the longest first."""
+        self._size = 0
+        self._closed = False
+
+    def replay(self, inner: Handler) -> Handler:
+        """Runs each call that has a key once. Raises InvalidArgument for a key that was another request's, or where
+        keys are refused; AnswerExpired; Overloaded while the call runs in another process; LedgerUnavailable.
+        """
+
+        async def handle(call: Call) -> Events:
+            if call.request.idempotency_key is None:
+                async with aclosing(inner(call)) as events:
+                    async for event in events:
+                        yield event
+                return
+            run = await self._join(call, call.request.idempotency_key, inner)
+            async with aclosing(self._read(call, run)) as events:
+                async for event in events:
+                    yield event
+
+        return handle
+
+    async def close(self) -> None:
+        """Cancels the calls that go on; returns when they are settled. Nobody reads any more."""
+        self._closed = True
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        for run in list(self._runs.values()):
+            self._end(run)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    async def _join(self, call: Call, name: str, inner: Handler) -> _Run:
+        """What answers under a key, begun unless it is there."""
+        if self._ledger is None:
+            raise InvalidArgument("idempotency_key", "must not be set: this server keeps no answers")
+        asked = await asyncio.to_thread(digest, call.request)
+        place = call.principal.tenant, name
+        while (run := self._runs.get(place)) is not None and run.ending:
+            assert run.task is not None
+            await asyncio.wait({run.task})
+        if run is None:
+            run = self._runs[place] = _Run(Key(*place, asked, self._ledger.owner), call)
+            run.task = asyncio.create_task(self._work(run, inner, self._ledger))
+            return run
+        if run.key.digest != asked:
+            raise InvalidArgument("idempotency_key", "belongs to another request, which runs; take a new key")
+        if not run.kept:
+            raise _too_large()
+        return run
+
+    async def _read(self, call: Call, run: _Run) -> Events:
+        reader = _Reader()
+        self._enter(call, run, reader)
+        try:
+            while True:
+                if reader.left_behind:
+                    raise _too_large()
+                if reader.position < run.end:
+                    _show(call, run)
+                    yield run.events[reader.position - run.first]
+                    reader.position += 1
+                    if not run.kept:
+                        run.notify()
+                elif run.done:
+                    break
+                else:
+                    await run.changed()
+            if run.error is not None:
+                raise run.error
+            _show(call, run)
+            yield StreamEnd()
+        finally:
+            call.model = call.model or run.call.model
+            self._leave(run, reader)
+
+    def _enter(self, call: Call, run: _Run, reader: _Reader) -> None:
+        run.readers.add(reader)
+        self._unread.pop(run, None)
+        if run.expiry is not None:
+            run.expiry.cancel()
+        # It is wanted as long as anybody wants it.
+        if call.deadline is None or run.call.deadline is None:
+            run.call.deadline = None
+        else:
+            run.call.deadline = max(call.deadline, run.call.deadline)
+
+    def _leave(self, run: _Run, reader: _Reader) -> None:
+        run.readers.discard(reader)
+        run.notify()
+        if run.readers:
+            return
+        if run.done:
+            self._free(run)
+        elif self._closed or not self._linger or not run.kept:
+            self._end(run)
+        else:
+            self._unread[run] = None
+            run.expiry = asyncio.get_running_loop().call_later(self._linger, self._end, run)
+            of_tenant = [one for one in self._unread if one.key.tenant == run.key.tenant]
+            if len(of_tenant) > MAX_UNREAD:
+                self._end(of_tenant[0])
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    async def _work(self, run: _Run, inner: Handler, ledger: Ledger) -> None:
+        """Answers. What goes wrong is in ``run.error``."""
+        try:
+            data = await self._claim(run, ledger)
+            if data is None:
+                await self._run(run, inner, ledger)
+            else:
+                run.answer = await asyncio.to_thread(decode, data)
+                if run.answer is None:
+                    raise AnswerExpired("the answer to this idempotency_key is one of another version; take a new key")
+                run.events = list(run.answer.events)
+        except asyncio.CancelledError:
+            run.error = StreamAborted("the call was cancelled: nobody had read it for a while")
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever reads raises it
+            run.error = error
+        finally:
+            run.done = True
+            del self._runs[run.key.tenant, run.key.key]
+            self._unread.pop(run, None)
+            if run.expiry is not None:
+                run.expiry.cancel()
+            if not run.readers:
+                self._free(run)
+            run.notify()
+
+    async def _claim(self, run: _Run, ledger: Ledger) -> bytes | None:
+        def claim(connection: Connection) -> bytes | None:
+            return answer_store.claim(connection, run.key, now=self._clock(), max_age=self._max_age)
+
+        try:
+            return await ledger.write(claim)
+        except asyncio.CancelledError:
+            await self._give_up(run, ledger)  # it may have been written all the same
+            raise
+
+    async def _run(self, run: _Run, inner: Handler, ledger: Ledger) -> None:
+        renewing = asyncio.create_task(self._renew(run, ledger))
+        try:
+            ended = False
+            async with aclosing(inner(run.call)) as events:
+                async for event in events:
+                    if isinstance(event, StreamEnd):
+                        ended = True
+                    else:
+                        await self._add(run, event)
+            if not ended:
+                raise RuntimeError("a stream stopped without its end. This is a bug")
+            run.answered = True
+            await self._keep(run, ledger)
+        finally:
+            renewing.cancel()
+            if not run.answered:
+                await self._give_up(run, ledger)
+
+    async def _add(self, run: _Run, event: AnswerEvent) -> None:
+        """Hands an event to the readers; returns when the next one is wanted."""
+        run.events.append(event)
+        size = size_of(event)
+        run.size += size
+        self._size += size
+        run.notify()
+        if run.kept and (run.size > MAX_ANSWER_BYTES or self._size > self._max_bytes):
+            self._keep_no_more(run)
+        while not run.kept and run.readers and min(reader.position for reader in run.readers) < run.end:
+            await run.changed()
+        if not run.kept:
+            run.first = run.end
+            self._free(run)
+
+    def _keep_no_more(self, run: _Run) -> None:
+        """Leaves the events to the reader that is furthest, at whose pace the call then goes on."""
+        run.kept = False
+        if not run.readers:
+            self._end(run)
+            return
+        furthest = max(run.readers, key=lambda reader: reader.position)
+        for reader in run.readers - {furthest}:
+            reader.left_behind = True
+        run.readers = {furthest}
+
+    async def _keep(self, run: _Run, ledger: Ledger) -> None:
+        data = await asyncio.to_thread(encode, answer_of(run.call, run.events)) if run.kept else None
+
+        def keep(connection: Connection) -> None:
+            answer_store.keep(
+                connection, run.key, data, now=self._clock(), max_age=self._max_age, max_bytes=self._max_bytes
+            )
+
+        try:
+            await ledger.write(keep)
+        except LedgerUnavailable:
+            # The call is settled as soon as the ledger is back; its caller need not wait for that.
+            logger.warning("answer_not_kept", request_id=run.call.request_id, tenant=run.key.tenant)
+
+    async def _give_up(self, run: _Run, ledger: Ledger) -> None:
+        # Otherwise this process takes the key again, and others when the lease is over.
+        with suppress(LedgerUnavailable):
+            await ledger.write(lambda connection: answer_store.give_up(connection, run.key))
+
+    async def _renew(self, run: _Run, ledger: Ledger) -> None:
+        def renew(connection: Connection) -> None:
+            answer_store.renew(connection, run.key, now=self._clock())
+
+        while True:
+            await asyncio.sleep(LEASE / SECOND / 3)
+            try:
+                await ledger.write(renew)
+            except HeadraceError as error:
+                logger.warning("key_not_renewed", tenant=run.key.tenant, error=error.message)
+
+    def _end(self, run: _Run) -> None:
+        """Cancels a run, once, unless it has come to its end by itself."""
+        if run.task is not None and not run.ending and not run.answered:
+            run.task.cancel()
+        run.ending = True
+
+    def _free(self, run: _Run) -> None:
+        self._size -= run.size
+        run.size = 0
+        run.events.clear()
+
+
+def _show(call: Call, run: _Run) -> None:
+    """Fills a call with what is known of its answer. Raises ModelNotFound if the model is not the caller's to use."""
+    answer, meter = run.answer, call.meter
+    model: Model | None
+    if answer is None and call is run.call:
+        return
+    if answer is None:
+        call.request, model, call.prompt = run.call.request, run.call.model, run.call.prompt
+        attempts, cost = run.call.meter.attempts, run.call.meter.cost
+        counts_sent = run.call.meter.sent_output_tokens is not None
+    elif not meter.replayed:
+        call.request = replace(call.request, n=answer.n, response=answer.response)
+        model, call.prompt, attempts, cost = answer.model, answer.prompt, answer.attempts, answer.cost
+        counts_sent = answer.counts_sent
+    else:
+        return
+    models = call.principal.models
+    if models is not None and (model is None or model.card.name not in models):
+        raise ModelNotFound(call.request.model or "", tuple(sorted(models)))
+    call.model = model
+    # No timings: nothing was queued or computed for this call.
+    meter.replayed, meter.attempts, meter.cost = True, attempts, cost
+    if counts_sent and meter.sent_output_tokens is None:
+        meter.sent_output_tokens = 0
+
+
+def _too_large() -> AnswerExpired:
+    return AnswerExpired("the answer to this idempotency_key is too large to be kept; take a new key to run it anew")
