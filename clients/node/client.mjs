@@ -31,9 +31,21 @@ const serviceConfig = {
 
 export const DEFAULT_ADDRESS = process.env.HEADRACE_ADDRESS ?? "127.0.0.1:50051";
 
+// The key of a server that asks for one, with each call.
+function authorize(options, nextCall) {
+  return new grpc.InterceptingCall(nextCall(options), {
+    start(metadata, listener, next) {
+      const key = process.env.HEADRACE_API_KEY;
+      if (key) metadata.set("authorization", `Bearer ${key}`);
+      next(metadata, listener);
+    },
+  });
+}
+
 export function connect(address = DEFAULT_ADDRESS) {
   return new headrace.v1.GenerationService(address, grpc.credentials.createInsecure(), {
     "grpc.service_config": JSON.stringify(serviceConfig),
+    interceptors: [authorize],
   });
 }
 

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
-from calls_kit import INPUT_NANOS, MODELS, OUTPUT_NANOS, READ_NANOS, Served, TimeOfDay, price_table, request, serving
+from calls_kit import (
+    INPUT_NANOS,
+    MODELS,
+    OUTPUT_NANOS,
+    READ_NANOS,
+    ByName,
+    Served,
+    TimeOfDay,
+    price_table,
+    request,
+    serving,
+)
 
+from headrace.backends.types import Call, Delta, Events, GenerateRequest, Principal, Prompt, TextInput, Usage
+from headrace.server.accounting.ledger import Ledger
+from headrace.server.accounting.records import Hold
 from headrace.server.config import SettingsError
+from headrace.server.middleware.accounting import account
+from headrace.server.middleware.limits import RateLimits
 from headrace.server.rpc.calls import COST_KEY, WARNING_KEY
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import scoring_pb2, usage_pb2
@@ -66,6 +84,18 @@ async def test_input_that_a_cache_had_has_its_own_price(tmp_path: Path) -> None:
     uncached = 200 - second.cache_read_input_tokens
     expected = uncached * INPUT_NANOS + second.cache_read_input_tokens * READ_NANOS + 4 * OUTPUT_NANOS
     assert second.charge_nanos == expected
+
+
+async def test_a_report_charges_what_the_ledger_does_where_rounding_goes_beyond_what_was_held(tmp_path: Path) -> None:
+    price = {"input": "0.000031250", "output": "0.000031250", "cache_read_input": "0.000031250"}  # 1/32 of a nano
+    async with serving(tmp_path, price_sources=price_table(letters=price)) as served:
+        text = "a prompt that is known, in part: "[:32]
+        for tail in ("x" * 16, "y" * 16):
+            answer = await served.generate(text[:16] + tail, max_new_tokens=16, least=16)
+        posting = (await served.postings())[-1]
+    # Half a nano thrice, each rounded up; of the input as a whole there was one to be held.
+    assert (posting.input_tokens, posting.cache_read_input_tokens, posting.output_tokens) == (32, 16, 16)
+    assert answer.report.cost.charge_nanos == posting.charge_nanos == posting.held_nanos == 2
 
 
 async def test_choices_bill_the_input_once(tmp_path: Path) -> None:
@@ -200,6 +230,26 @@ async def test_a_soft_limit_warns_and_refuses_nothing(tmp_path: Path) -> None:
         assert served.metrics.registry.get_sample_value("headrace_soft_limit_warnings_total", {"model": "letters"}) == 1
 
 
+async def test_a_soft_limit_of_a_tenant_with_any_name_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def authenticate(*_: object) -> Principal:
+        return Principal("müller & 100 %")
+
+    monkeypatch.setattr(ByName, "authenticate", authenticate)
+    async with serving(tmp_path, plan={"soft_monthly_tokens": 1}) as served:
+        call = served.generation.Generate(request(), metadata=ACME)
+        await call
+        assert dict(await call.trailing_metadata())[WARNING_KEY] == "tenant:m%C3%BCller & 100 %25"
+
+
+async def test_a_posting_has_what_a_stream_had_sent(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        spec = request(max_new_tokens=4, least=4).spec
+        async for _ in served.generation.GenerateStream(pb.GenerateStreamRequest(spec=spec), metadata=ACME):
+            pass
+        await served.generate(max_new_tokens=4, least=4)
+        assert [(row.output_tokens, row.sent_output_tokens) for row in await served.postings()] == [(4, 4), (4, None)]
+
+
 async def test_a_price_that_changes_in_mid_stream_is_that_of_the_next_call(tmp_path: Path) -> None:
     clock = TimeOfDay(datetime(2026, 11, 30, 23, 59, tzinfo=UTC))
     versions = [{"input": 3, "output": 5}, {"from": "2026-12-01", "input": 300, "output": 500}]
@@ -298,3 +348,43 @@ async def test_what_needs_a_ledger_is_refused_without_one(tmp_path: Path, settin
     with pytest.raises(SettingsError, match=says):
         async with serving(tmp_path, ledger=None, **settings):
             raise AssertionError("it started")
+
+
+class Growing(Usage):
+    """Counts on, as a backend's thread does, between any two looks."""
+
+    looks: ClassVar[int] = 0
+
+    @property
+    def output_tokens(self) -> int:  # type: ignore[override]
+        Growing.looks += 1
+        return Growing.looks
+
+    @output_tokens.setter
+    def output_tokens(self, _count: int | None) -> None: ...
+
+
+async def test_what_is_noted_costs_what_it_says_though_the_backend_goes_on_counting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def counting(call: Call) -> Events:
+        call.meter.begin("backend").usage = Growing(input_tokens=6)
+        for _ in range(5):
+            yield Delta(0, "x")
+
+    notes: list[tuple[int, int]] = []
+
+    def note(_ledger: Ledger, _hold: Hold, usage: Usage, charge_nanos: int, _backend: str | None) -> None:
+        notes.append((usage.output_tokens or 0, charge_nanos))
+
+    monkeypatch.setattr(Ledger, "note", note)
+    async with serving(tmp_path) as served:
+        call = Call(request=GenerateRequest(input=TextInput("prompt")), request_id="r", arrived=0.0, is_streamed=True)
+        call.model, call.prompt = served.app.registry.find("letters").model, Prompt("prompt", tuple(b"prompt"))
+        call.max_new_tokens = 1_000
+        limits = RateLimits(served.app.accounting.accounts.terms, clock=time.monotonic)
+        async with aclosing(account(counting, accounting=served.app.accounting, limits=limits)(call)) as events:
+            assert len([event async for event in events]) == 5
+    assert len(notes) == 5
+    for output_tokens, charge in notes:
+        assert charge == 6 * INPUT_NANOS + output_tokens * OUTPUT_NANOS

@@ -403,3 +403,17 @@ async def test_without_a_ledger_everybody_has_the_default_plan() -> None:
 def test_a_default_plan_must_be_in_the_settings() -> None:
     with pytest.raises(SettingsError, match="default_plan: no plan 'gold'; there is free, paid"):
         Accounts(ledger=None, plans=PLANS, default_plan="gold", clock=lambda: NOW)
+
+
+async def test_who_comes_before_the_first_reading_is_done_waits_for_it(bench: Bench) -> None:
+    """A server listens by then."""
+    bench.tenant()
+    secret = bench.key()
+    accounts = Accounts(ledger=bench.reader, plans=PLANS, default_plan=None, clock=lambda: bench.now)  # type: ignore[arg-type]
+    try:
+        found = await accounts.find_key(secret)
+        assert found is not None
+        assert found.tenant == "acme"
+        await accounts.start()
+    finally:
+        await accounts.close()

@@ -72,7 +72,9 @@ def ids(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def events_in(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Those whose lines are whole: it may be written to now."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -6,8 +6,11 @@ import asyncio
 import re
 import stat
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -19,8 +22,10 @@ from headrace.server.accounting.checks import differences
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.records import Account, Hold, Settlement
 from headrace.server.accounting.schema import daily_usage, tenants
+from tests.accounting.conftest import PostgresServer
 from tests.accounting.ledger_kit import (
     ACME,
+    PRICE,
     ManualClock,
     balance,
     bury,
@@ -524,6 +529,75 @@ async def test_what_is_settled_after_its_hold_was_voided_is_not_billed_and_logge
         assert rows == {cut_off.id: "voided", other.id: "voided", others.id: "posted"}
         assert await here.read(balance) == (0, 0, 0, 0)
         assert await here.read(differences) == []
+
+
+async def test_nothing_expires_until_all_could_come_back_from_an_outage(
+    new_postgres: Callable[[], PostgresServer], tmp_path: Path, clock: ManualClock
+) -> None:
+    """Whoever is back first does not take the others for dead, whose settlements wait for the database, too."""
+    server = new_postgres()
+    setting = server.create_database()
+    async with (
+        open_ledger(setting, tmp_path / "here", clock=steady(clock), sweep_seconds=3_600.0) as here,
+        open_ledger(setting, tmp_path / "there", clock=steady(clock), sweep_seconds=3_600.0) as there,
+    ):
+        hold, lost = await there.hold(request()), await there.hold(request())
+        clock.advance(120)
+        await asyncio.to_thread(server.stop)
+        with pytest.raises(LedgerUnavailable):
+            await here.write(lambda _: None)
+        clock.advance(900)
+        await asyncio.to_thread(server.start)
+        async with asyncio.timeout(60):
+            while not here.healthy:  # noqa: ASYNC110  # another thread sets it
+                await asyncio.sleep(0.01)
+        await here.sweep()
+        async with open_ledger(setting, tmp_path / "new", clock=steady(clock)) as new:
+            await new.sweep()
+        await there.settle(settlement(hold))
+        (row,) = await here.read(posted)
+        assert (row.id, row.state) == (hold.id, "posted")
+        clock.advance(61)
+        await here.sweep()
+        assert {row.id: row.state for row in await here.read(posted)} == {hold.id: "posted", lost.id: "voided"}
+
+
+@pytest.mark.parametrize(
+    ("input_tokens", "output_tokens", "more"),
+    [
+        (2**63, 5, {}),
+        (-3, 5, {}),
+        (10, -5, {}),
+        (10, 2**70, {}),
+        (10, 0, {"cache_read_input_tokens": 100}),
+        (10, 5, {"reasoning_output_tokens": 2**64}),
+    ],
+)
+async def test_counts_that_a_backend_made_up_are_settled_too(
+    ledger: Ledger, input_tokens: int, output_tokens: int, more: dict[str, Any]
+) -> None:
+    cheaper_cached = replace(PRICE, cache_read_input_nanos=0)
+    for _ in range(2):
+        hold = await ledger.hold(request(price=cheaper_cached))
+        made_up = settlement(hold, input_tokens, output_tokens, **more)
+        assert made_up.cost is not None
+        ledger.note(hold, made_up.usage, made_up.cost.charge_nanos, "made\ud800up")
+        await ledger.settle(replace(made_up, backend="made\ud800up"))
+    assert await ledger.read(open_holds) == []
+    for row in await ledger.read(posted):
+        assert 0 <= row.charge_nanos <= row.held_nanos
+        assert row.backend == "made?up"
+
+
+@pytest.mark.parametrize("seconds", [-60, 60])
+async def test_a_clock_that_is_not_postgresql_s_is_told_of(postgres_url: str, tmp_path: Path, seconds: int) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with open_ledger(postgres_url, tmp_path, clock=lambda: time.time_ns() + seconds * 10**9):
+            pass
+        async with open_ledger(postgres_url, tmp_path):
+            pass
+    (line,) = [line for line in logs if line["event"] == "clocks_differ"]
+    assert abs(line["seconds_ahead_of_database"] - seconds) < 30
 
 
 async def test_another_ledgers_files_are_left_alone(database_setting: str, tmp_path: Path) -> None:

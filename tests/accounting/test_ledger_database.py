@@ -102,6 +102,10 @@ def test_a_password_is_in_no_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as refused:
         opened("mysql://user:hunter2@host/ledger", tmp_path)
     assert "hunter2" not in str(refused.value)
+    for setting in ("postgresql://127.0.0.1:1/ledger?password=hunter2", "postgres://host/ledger?password=hunter2"):
+        with pytest.raises(SettingsError, match=r"^ledger: ") as refused:
+            opened(setting, tmp_path)
+        assert "hunter2" not in str(refused.value)
 
 
 def test_postgresql_without_its_driver_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from headrace.server.accounting.clock import Clock, month_of
 from headrace.server.accounting.database import Database
 from headrace.server.accounting.ledger import HOLD_SECONDS, Ledger
 from headrace.server.accounting.records import Account, Allowance, Hold
+from headrace.server.accounting.writer import COME_BACK_SECONDS
 from tests.accounting.ledger_kit import (
     ManualClock,
     balance,
@@ -52,6 +53,7 @@ TENANT, KEY = Account("acme"), Account("acme", "ab12")
 LIMITS = ((TENANT, Allowance(nanos=200, tokens=160)), (KEY, Allowance(nanos=90, tokens=10**6)))
 MACHINES = ("here", "there")
 HOLD_NANOS = round(HOLD_SECONDS * 1e9)
+COME_BACK_NANOS = round(COME_BACK_SECONDS * 1e9)
 servers = st.integers(0, 10)
 """Which of those that run; counted around."""
 
@@ -63,6 +65,8 @@ class Server:
     machine: str
     ledger: Ledger
     clock: Clock
+    expires_from: int
+    """Before it voids nothing that has expired."""
     holds: dict[str, Hold] = field(default_factory=dict)
     lost: int = 0
 
@@ -99,7 +103,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def open(self, machine: str) -> None:
         clock = steady(self.time)
         ledger = open_ledger(self.setting, self.folder / machine, clock=clock, sweep_seconds=3_600.0)
-        self.running.append(Server(machine, ledger, clock))
+        self.running.append(Server(machine, ledger, clock, clock() + COME_BACK_NANOS))
         self._swept(self.running[-1])
 
     @precondition(lambda self: len(self.running) > 1)
@@ -256,7 +260,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 one.expires_at = now + HOLD_NANOS
             elif one.owner in killed:
                 self.reference.settle(hold_id, one.noted or (0, 0))
-            elif one.machine != server.machine and one.expires_at < now:
+            elif one.machine != server.machine and one.expires_at < now and now >= server.expires_from:
                 self.reference.settle(hold_id, (0, 0))
 
     # --- what must be true ------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from headrace.server.accounting.checks import differences
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.records import Hold
 from headrace.server.accounting.schema import tenants
+from headrace.server.config import SettingsError
 from tests.accounting.conftest import PostgresServer
-from tests.accounting.ledger_kit import PRICE, balance, open_holds, open_ledger, posted, request, settlement
+from tests.accounting.ledger_kit import PRICE, balance, kill, open_holds, open_ledger, posted, request, settlement
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,21 @@ async def test_a_locked_database_is_waited_for_then_calls_are_refused_until_it_i
     await until_healthy(ledger)
     await ledger.settle(settlement(await ledger.hold(request()), 10, 3))
     assert await ledger.read(balance) == (32, 26, 0, 0)
+
+
+async def test_a_database_that_goes_away_while_it_is_opened_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(open_ledger("auto", tmp_path))
+    other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None, check_same_thread=False)
+
+    def locked(*_: object, **__: object) -> None:
+        other.execute("BEGIN IMMEDIATE")  # the database is open, and what was left behind not yet settled
+
+    monkeypatch.setattr(ledger_module, "Writer", locked)
+    with pytest.raises(SettingsError, match=r"^ledger: cannot be used: database is locked"):
+        await asyncio.to_thread(Ledger.open, "auto", state_dir=tmp_path, currency="USD")
+    other.close()
 
 
 async def test_a_short_lock_is_nothing_but_a_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from headrace.cli.main import cli
@@ -40,3 +41,15 @@ def test_secrets_in_the_tables_of_plugins_are_masked_and_the_rest_is_toml(instal
     assert "hunter2" not in result.output
     shown = tomllib.loads(result.output)
     assert shown["authenticators"] == {"keys": {"keys": {"ann": "**********"}}}
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:hunter2@db/ledger", "postgresql://db/ledger?user=me&password=hunter2"]
+)
+def test_the_ledger_s_password_is_masked(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text(f'ledger = "{url}"\n')
+    result = CliRunner().invoke(cli, ["config", "--config", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "hunter2" not in result.output
+    assert tomllib.loads(result.output)["ledger"].startswith("postgresql://")

@@ -68,6 +68,13 @@ async def test_usage_is_drawn(served: Served, tmp_path: Path) -> None:
     assert "letters 2026-11-23" in file.read_text()
 
 
+async def test_a_plot_that_cannot_be_written_is_an_error_in_one_line(served: Served, tmp_path: Path) -> None:
+    await served.generate("a")
+    file = tmp_path / "none" / "usage.png"
+    result = await run(served, "usage", "--plot", str(file))
+    assert (result.exit_code, result.stderr) == (1, f"error: cannot write {file}: No such file or directory\n")
+
+
 async def watched(served: Served, num_lines: int, *args: str) -> list[str]:
     """The first lines that the program writes, which Ctrl-C then ends."""
     program = await asyncio.create_subprocess_exec(
@@ -99,7 +106,9 @@ async def test_usage_can_be_watched_until_ctrl_c(served: Served) -> None:
     [
         (("--by", "week"), "there is tenant, key, model, day"),
         (("--csv", "--json"), "--csv or --json, not both"),
+        (("--by", "day,day"), "day is there twice"),
         (("--watch", "--csv"), "--watch goes with"),
+        (("--watch", "--by", "day"), "--watch goes with"),
         (("--after", "3"), "--after needs --watch"),
         (("--plot", "usage.txt"), "must end in .pdf, .png, .svg"),
     ],

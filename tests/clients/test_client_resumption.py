@@ -106,10 +106,12 @@ async def test_a_stream_over_connections_that_break_reads_like_one_through_async
 async def test_a_stream_is_not_resumed_where_nobody_asked_for_it(options):
     label = {"request_id": options.pop("request_id")} if "request_id" in options else {}
     async with (
-        serving([500]) as served,
+        serving(step=0.02) as served,
         AsyncClient(served.address, channel_options=FAST, **options) as client,
         client.stream("Hi", **OPTIONS, **label) as stream,
     ):
+        await anext(stream)
+        served.proxy.cut_all()
         with pytest.raises(UnavailableError):
             async for _ in stream:
                 pass
@@ -130,10 +132,12 @@ async def test_a_request_id_names_a_stream_where_its_caller_says_so():
 
 async def test_where_nothing_is_left_to_resume_the_break_is_what_the_reader_hears_of():
     async with (
-        serving([500], resume_window=0) as served,
+        serving(resume_window=0, step=0.02) as served,
         AsyncClient(served.address, channel_options=FAST) as client,
         client.stream("Hi", **OPTIONS) as stream,
     ):
+        await anext(stream)
+        served.proxy.cut_all()
         with pytest.raises(UnavailableError):
             async for _ in stream:
                 pass

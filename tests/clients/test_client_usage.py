@@ -32,6 +32,7 @@ from headrace.client import (
 from headrace.client.errors import ERROR_BY_REASON
 from headrace.server.rpc.status import TABLE
 from tests.rpc.usage_kit import PLAN, Served, serving
+from tests.server.server_kit import until
 from tests.tcp_proxy import CuttingProxy
 
 
@@ -208,6 +209,8 @@ async def test_a_spent_budget_is_an_error_of_its_own_says_whose_and_is_not_tried
         async with client(served) as one:
             with pytest.raises(BudgetSpentError) as caught:
                 await one.generate("four", model="letters", max_new_tokens=4000)
+        # The status is sent before the line is written.
+        await until(lambda: any(entry["event"] == "call_finished" for entry in logs))
     assert [entry["error_type"] for entry in logs if entry["event"] == "call_finished"] == ["BUDGET_SPENT"]
     assert (caught.value.subject, caught.value.retry_after) == ("tenant:acme", None)
     assert isinstance(caught.value, OverloadedError)

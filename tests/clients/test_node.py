@@ -34,6 +34,12 @@ def test_stream_prints_the_answer_and_then_its_usage(server: FakeServer):
     assert server.specs[0].stopping.max_new_tokens == 256
 
 
+def test_the_key_of_the_environment_is_sent(server: FakeServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HEADRACE_API_KEY", "hr_some_key")
+    assert node("stream.mjs", "Hi", server.address).returncode == 0
+    assert server.metadata[0]["authorization"] == "Bearer hr_some_key"
+
+
 def test_stream_tells_an_error_by_its_name(server: FakeServer):
     server.failures = [bad_field("chat.messages", "is too long")]
     result = node("stream.mjs", "Hi", server.address)

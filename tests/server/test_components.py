@@ -308,6 +308,9 @@ async def test_a_call_costs_what_it_used_however_it_ends(plugins: dict[str, Any]
         (Usage(input_tokens=3, output_tokens=1), 4),  # 1.5 and 1.5, each by itself
         (Usage(input_tokens=10, cache_read_input_tokens=4, cache_write_input_tokens=2, output_tokens=0), 2 + 1 + 8),
         (Usage(), 0),
+        # Of cached input no more than there was input, whatever a backend says.
+        (Usage(input_tokens=10, cache_read_input_tokens=1000, cache_write_input_tokens=5, output_tokens=0), 3),
+        (Usage(input_tokens=10, cache_read_input_tokens=4, cache_write_input_tokens=1000, output_tokens=0), 1 + 24),
     ],
 )
 def test_each_kind_of_token_is_rounded_once_half_up(usage: Usage, expected: int) -> None:

@@ -89,6 +89,9 @@ def test_an_unknown_setting_is_named_with_those_that_there_are(tmp_path: Path) -
         ('log_level = "loud"', "log_level: Input should be 'debug', 'info', 'warning' or 'error', got 'loud'"),
         ("shutdown_grace = -1", "shutdown_grace: Input should be greater than or equal to 0"),
         ("backends = 3", "backends: Input should be a valid dictionary"),
+        ("idempotency_hours = inf", "idempotency_hours: Input should be a finite number, got inf"),
+        ("plans.none.max_streams = 1", "plans: a plan cannot have the name 'none': none stands for no plan"),
+        ("plans.free.monthly_tokens = 9e20", "plans.free.monthly_tokens: "),
     ],
 )
 def test_a_bad_value_is_refused_by_name_with_what_would_be_right(tmp_path: Path, line: str, message: str) -> None:

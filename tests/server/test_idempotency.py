@@ -558,6 +558,22 @@ async def test_running_calls_have_a_bound_on_memory_together(ledger: Ledger) -> 
     assert keys._size == 0
 
 
+async def test_replays_that_are_read_slowly_have_a_bound_on_memory_together(ledger: Ledger) -> None:
+    model = Model("x" * 100)
+    keys = idempotency(ledger, max_bytes=60_000)
+    handler = keys.replay(model.run)
+    assert text_of(await events_of(handler, call())) == "x" * 100
+    slow = Reader(handler, call())
+    await slow.read(1)
+    for _ in range(3):
+        with pytest.raises(Overloaded, match="too many answers"):
+            await events_of(handler, call())
+    assert keys._size < 60_000
+    assert await slow.rest() == "x" * 100
+    assert text_of(await events_of(handler, call())) == "x" * 100
+    assert (keys._size, model.runs) == (0, 1)
+
+
 # --- durability -----------------------------------------------------------------------------------------------------
 
 

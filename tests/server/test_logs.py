@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -51,6 +53,15 @@ def test_json_logs_are_one_object_a_line_whoever_logs(capsys: pytest.CaptureFixt
     assert [line["event"] for line in lines] == ["loaded", "careful with this"]
     assert [line["level"] for line in lines] == ["info", "warning"]
     assert lines[0]["model"] == "m"
+
+
+def test_a_line_that_cannot_be_written_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("w")  # noqa: SIM115  # what it still has cannot be written at its end
+    monkeypatch.setattr("sys.stderr", full)
+    configure_logs(LogFormat.JSON, LogLevel.INFO)
+    structlog.get_logger("ours").error("ledger_unavailable")
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_what_is_below_the_level_is_not_logged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,9 +194,16 @@ def test_without_certificates_there_is_no_tls() -> None:
     assert server_credentials(settings()) is None
 
 
-@pytest.mark.parametrize("given", ["tls_certificate", "tls_key", "tls_client_ca"])
-def test_half_of_the_files_is_refused(given: str, pair: Pair) -> None:
-    assert problem_with(settings(**{given: pair.certificate})) == f"{given}: needs tls_certificate and tls_key"
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ("tls_certificate", "tls_key"),
+        ("tls_key", "tls_certificate"),
+        ("tls_client_ca", "tls_certificate and tls_key"),
+    ],
+)
+def test_half_of_the_files_is_refused(given: str, missing: str, pair: Pair) -> None:
+    assert problem_with(settings(**{given: pair.certificate})) == f"{given}: needs {missing}"
 
 
 def test_a_file_that_cannot_be_read_is_named(pair: Pair, tmp_path: Path) -> None:

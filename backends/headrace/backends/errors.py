@@ -66,7 +66,8 @@ class ModelNotFound(HeadraceError):
     """No such model, or not for this caller."""
 
     def __init__(self, model: str, known: tuple[str, ...]) -> None:
-        super().__init__(f"model {model!r} not found; there is {', '.join(map(repr, known)) or 'none'}")
+        what = f"model {model!r}" if model else "a default model"
+        super().__init__(f"{what} not found; there is {', '.join(map(repr, known)) or 'none for this caller'}")
         self.model = model
 
 

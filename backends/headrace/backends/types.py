@@ -485,6 +485,20 @@ class Usage:
     rejected_draft_tokens: int | None = None
     estimated: bool = False
 
+    def copy(self) -> Usage:
+        """What it says now, while a backend's thread goes on counting."""
+        return Usage(
+            self.input_tokens,
+            self.cache_read_input_tokens,
+            self.cache_write_input_tokens,
+            self.output_tokens,
+            self.reasoning_output_tokens,
+            self.sent_output_tokens,
+            self.accepted_draft_tokens,
+            self.rejected_draft_tokens,
+            self.estimated,
+        )
+
 
 class AttemptOutcome(enum.Enum):
     """How an attempt ended; the names are those of the proto's AttemptOutcome."""
@@ -557,18 +571,9 @@ class Meter:
         """The last attempt's input and output, and what was sent of it."""
         if not self.attempts:
             return Usage()
-        last = self.attempts[-1].usage
-        return Usage(
-            input_tokens=last.input_tokens,
-            cache_read_input_tokens=last.cache_read_input_tokens,
-            cache_write_input_tokens=last.cache_write_input_tokens,
-            output_tokens=last.output_tokens,
-            reasoning_output_tokens=last.reasoning_output_tokens,
-            sent_output_tokens=self.sent_output_tokens,
-            accepted_draft_tokens=last.accepted_draft_tokens,
-            rejected_draft_tokens=last.rejected_draft_tokens,
-            estimated=last.estimated,
-        )
+        usage = self.attempts[-1].usage.copy()
+        usage.sent_output_tokens = self.sent_output_tokens
+        return usage
 
 
 # --- a call --------------------------------------------------------------------------------------------------------

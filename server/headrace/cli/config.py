@@ -12,6 +12,7 @@ from headrace.cli.errors import CliError
 from headrace.cli.serve import load
 from headrace.cli.settings_options import settings_options
 from headrace.cli.toml_text import toml_value
+from headrace.server.accounting.database import shown
 from headrace.server.app import App
 from headrace.server.config import Settings, SettingsError, Tables
 from headrace.server.plugins import PluginError
@@ -31,7 +32,7 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
         raise CliError(str(error)) from None
     values = settings.model_dump(mode="json")
     if "://" in (settings.ledger or ""):
-        values["ledger"] = make_url(str(settings.ledger)).render_as_string(hide_password=True)
+        values["ledger"] = shown(make_url(str(settings.ledger)))
     tables = {name: values.pop(name) for name in list(values) if Settings.model_fields[name].annotation == Tables}
     for name, value in values.items():
         if value is None:

@@ -113,6 +113,7 @@ def _write_stream(events: Stream) -> None:
         _write_choice(index, deltas)
     if events.report is not None:
         write_note(summary(events.report, finishes))
+    _write_warnings(events.budget_warnings, replayed=events.replayed)
 
 
 def _write_completion(completion: Completion, *, as_json: bool) -> None:
@@ -124,6 +125,14 @@ def _write_completion(completion: Completion, *, as_json: bool) -> None:
     for choice in completion.choices:
         _write_choice(choice.index, [_whole(choice)])
     write_note(summary(completion.report, [choice.finish for choice in completion.choices]))
+    _write_warnings(completion.budget_warnings, replayed=completion.replayed)
+
+
+def _write_warnings(budget_warnings: Iterable[str], *, replayed: bool) -> None:
+    for subject in budget_warnings:
+        write_note(f"warning: a soft limit of {subject} is exceeded")
+    if replayed:
+        write_note("this answer was given before, under the same idempotency key; it costs nothing now")
 
 
 def _write_choice(index: int, deltas: Iterable[TextDelta]) -> None:

@@ -65,7 +65,10 @@ def create(
 ) -> None:
     """Make a key of TENANT, and write it to stdout, once: it is stored as a hash. Limits come on top of the plan's."""
     now = time.time_ns()
-    expires_at = None if expires is None else point_in_time(expires, now)
+    try:
+        expires_at = None if expires is None else point_in_time(expires, now)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--expires") from None
     chosen = _limits(limits)
     with open_database(settings) as database, database.writing() as connection:
         key, secret = accounts.create_key(

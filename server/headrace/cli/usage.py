@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from headrace.cli.connection import Connection, connect, connection_options
+from headrace.cli.errors import CliError
 from headrace.cli.interrupt import ctrl_c_cancels
 from headrace.cli.lazy import needs_extras
 from headrace.cli.output import shown_money, shown_time, write_json, write_table
@@ -35,19 +36,25 @@ _COUNTS = (
 )
 
 
-def _dimensions(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[UsageDimension, ...]:
-    try:
-        return tuple(UsageDimension(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; there is {', '.join(UsageDimension)}") from error
+def _dimensions(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> tuple[UsageDimension, ...] | None:
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in _FIELDS:
+            raise click.BadParameter(f"no {name!r}; there is {', '.join(UsageDimension)}")
+        if names.count(name) > 1:
+            raise click.BadParameter(f"{name} is there twice")
+    return tuple(UsageDimension(name) for name in names)
 
 
 @click.command()
 @click.option(
     "--by",
     callback=_dimensions,
-    default="model",
-    show_default=True,
+    show_default="model",
     metavar="tenant,key,model,day",
     help="What to have a row for each of.",
 )
@@ -63,7 +70,7 @@ def _dimensions(_context: click.Context, _parameter: click.Parameter, text: str)
     "plot_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
-    help="Draw it (.png).",
+    help=f"Draw it, too ({', '.join(_PICTURES)}).",
 )
 @click.option("--watch", is_flag=True, help="Show calls as they are settled, until Ctrl-C.")
 @click.option(
@@ -75,7 +82,7 @@ def _dimensions(_context: click.Context, _parameter: click.Parameter, text: str)
 )
 @connection_options
 def usage(
-    by: tuple[UsageDimension, ...],
+    by: tuple[UsageDimension, ...] | None,
     first_day: str | None,
     last_day: str | None,
     tenant: str | None,
@@ -97,10 +104,12 @@ def usage(
     """  # noqa: D301  # click's mark for lines that stay as they are
     if as_csv and as_json:
         raise click.UsageError("--csv or --json, not both")
-    if watch and (as_csv or plot_file or first_day or last_day or key_id or model):
+    if watch and (by is not None or as_csv or plot_file or first_day or last_day or key_id or model):
         raise click.UsageError("--watch goes with --tenant, --after and --json only")
     if after_sequence is not None and not watch:
         raise click.UsageError("--after needs --watch")
+    if by is None:
+        by = (UsageDimension.MODEL,)
     draw = _drawer(plot_file)
     with connect(connection) as client:
         if watch:
@@ -122,7 +131,10 @@ def usage(
     else:
         _write_table(by, report)
     if draw is not None:
-        draw(by, report)
+        try:
+            draw(by, report)
+        except OSError as error:
+            raise CliError(f"cannot write {plot_file}: {error.strerror}") from error
 
 
 def group_of(by: tuple[UsageDimension, ...], row: UsageRow) -> tuple[str, ...]:

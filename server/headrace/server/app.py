@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import structlog
@@ -84,8 +85,8 @@ class App:
         )
         backend = components.wrap(self.registry.run, middleware[Place.BACKEND])
         self._prepare = self._preparing(middleware[Place.REQUEST])
-        self._estimating: dict[int, Handler] = {}
-        """What is done with a call once it is prepared, by its identity, if that is not to run it."""
+        self._instead: ContextVar[Handler | None] = ContextVar("instead", default=None)
+        """What the current task does with a call once it is prepared, if that is not to run it."""
         accounts = Accounts(ledger=ledger, plans=settings.plans, default_plan=settings.default_plan, clock=now)
         self.accounting = Accounting(
             clock=now, accounts=accounts, prices=prices, expectations=Expectations(), ledger=ledger
@@ -134,19 +135,19 @@ class App:
         return components.wrap(handler, middleware)
 
     def _prepared_call(self, call: Call) -> Events:
-        return self._estimating.get(id(call), self._run)(call)
+        return (self._instead.get() or self._run)(call)
 
     def prepared(self, inner: Handler) -> Handler:
         """``inner`` for generations that are ready to run, instead of running them."""
 
         async def handle(call: Call) -> Events:
-            self._estimating[id(call)] = inner
+            self._instead.set(inner)
             try:
                 async with aclosing(self._prepare(call)) as events:
                     async for event in events:
                         yield event
             finally:
-                del self._estimating[id(call)]
+                self._instead.set(None)
 
         return self.front(self._limits.limit(handle, streams=False), resolve_model=False)
 

@@ -153,6 +153,8 @@ class Settings(BaseSettings):
     idempotency_hours: float = Field(
         24.0,
         ge=0,
+        le=24 * 366 * 10,
+        allow_inf_nan=False,
         description="Hours for which answers are kept for calls with the same idempotency_key; 0: not at all.",
     )
     idempotency_max_bytes: int = Field(
@@ -189,6 +191,13 @@ class Settings(BaseSettings):
     def _none(cls, value: Any) -> Any:
         """TOML has no null."""
         return None if value == "none" else value
+
+    @field_validator("plans")
+    @classmethod
+    def _plan_names(cls, plans: dict[str, Limits]) -> dict[str, Limits]:
+        if wrong := plans.keys() & {"", "none"}:
+            raise ValueError(f"a plan cannot have the name {wrong.pop()!r}: none stands for no plan")
+        return plans
 
     @classmethod
     def settings_customise_sources(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from typing import TextIO
 
 import structlog
 
@@ -27,7 +29,7 @@ def configure_logs(log_format: LogFormat, level: LogLevel) -> None:
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level.value),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(_Forgiving(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -39,3 +41,20 @@ def configure_logs(log_format: LogFormat, level: LogLevel) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     # Our backends do not depend on structlog.
     logging.getLogger("headrace").setLevel(level.value.upper())
+
+
+class _Forgiving:
+    """A stream that takes what it can. Where the disk is full, or nobody reads, a line is lost; whoever wrote it goes
+    on, as it does with ``logging``: it may be about to settle a call.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()

@@ -67,7 +67,8 @@ def _files(settings: Settings) -> _Files | None:
     if settings.tls_certificate is None or settings.tls_key is None:
         for name in ("tls_certificate", "tls_key", "tls_client_ca"):
             if getattr(settings, name) is not None:
-                raise SettingsError(f"{name}: needs tls_certificate and tls_key")
+                missing = [need for need in ("tls_certificate", "tls_key") if getattr(settings, need) is None]
+                raise SettingsError(f"{name}: needs {' and '.join(missing)}")
         return None
     return _Files(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote
 
 _WARNING: Final = "headrace-budget-warning"
 _REPLAYED: Final = "headrace-replayed"
@@ -21,6 +22,6 @@ class Trailers:
     def read(cls, trailers: Iterable[tuple[str, str | bytes]] | None) -> Trailers:
         pairs = tuple(trailers or ())
         return cls(
-            budget_warnings=tuple(str(value) for key, value in pairs if key == _WARNING),
+            budget_warnings=tuple(unquote(str(value)) for key, value in pairs if key == _WARNING),
             replayed=(_REPLAYED, "true") in pairs,
         )

@@ -167,6 +167,8 @@ class Accounts:
 
     async def _find(self, look_up: Callable[[_Known], Key | None]) -> Key | None:
         """What is not known may be new."""
+        if self._ledger is not None and self._looked_at == -math.inf:
+            await self._look()  # who comes before ``start`` is done waits for it: a server listens by then
         found = look_up(self._current())
         if found is not None or self._ledger is None:
             return found

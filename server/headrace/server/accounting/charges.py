@@ -39,10 +39,14 @@ def billed_usage(attempts: Sequence[Attempt]) -> Usage:
 
 
 def charge_nanos(usage: Usage, price: Price) -> int:
-    """What usage costs, each bucket rounded once, half up. A count that was not reported counts for nothing."""
-    read, written = usage.cache_read_input_tokens or 0, usage.cache_write_input_tokens or 0
+    """What usage costs, each bucket rounded once, half up. A count that was not reported counts for nothing; what a
+    backend says of cached input holds for as much as there was input.
+    """
+    whole = usage.input_tokens or 0
+    read = min(usage.cache_read_input_tokens or 0, whole)
+    written = min(usage.cache_write_input_tokens or 0, whole - read)
     return (
-        _round((usage.input_tokens or 0) - read - written, price.input_nanos)
+        _round(whole - read - written, price.input_nanos)
         + _round(read, _or(price.cache_read_input_nanos, price.input_nanos))
         + _round(written, _or(price.cache_write_input_nanos, price.input_nanos))
         + _round(usage.output_tokens or 0, price.output_nanos)

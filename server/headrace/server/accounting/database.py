@@ -19,7 +19,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, make_url, select
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -66,7 +66,7 @@ class Database:
             database.close()
             if not is_outage(error):
                 raise
-            raise SettingsError(f"ledger: cannot open {url.render_as_string()}: {reason_of(error)}") from error
+            raise SettingsError(f"ledger: cannot open {shown(url)}: {reason_of(error)}") from error
         return database
 
     def __enter__(self) -> Self:
@@ -102,6 +102,14 @@ class Database:
         with self._readers.begin() as connection:
             yield connection
 
+    def seconds_ahead(self, now: int) -> float:
+        """How far ``now`` is ahead of the database's clock. SQLite has none but this machine's: 0."""
+        if self.is_sqlite:
+            return 0.0
+        with self.reading() as connection:
+            there = connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one()
+        return now / 1e9 - float(there)
+
 
 def database_url(setting: str, state_dir: Path) -> URL:
     """Raises SettingsError."""
@@ -128,7 +136,13 @@ def database_url(setting: str, state_dir: Path) -> URL:
 def _masked(setting: str) -> str:
     """A setting without what may be a password."""
     scheme, separator, rest = setting.partition("://")
-    return f"{scheme}://…" if separator and "@" in rest else setting
+    return f"{scheme}://…" if separator and ("@" in rest or "?" in rest) else setting
+
+
+def shown(url: URL) -> str:
+    """Without its password, which may stand in its query, too."""
+    secret = {name: "***" for name in url.query if name.endswith("password")}
+    return url.update_query_dict(secret).render_as_string(hide_password=True)
 
 
 def _make_file(path: Path) -> None:
@@ -205,7 +219,7 @@ def _migrate(connection: Connection, url: URL) -> str:
     there = set(MigrationContext.configure(connection).get_current_heads())
     if there - known:
         raise SettingsError(
-            f"ledger: {url.render_as_string()} was written by a newer headrace: its schema is {_names(there)}, "
+            f"ledger: {shown(url)} was written by a newer headrace: its schema is {_names(there)}, "
             f"this one knows up to {_names(scripts.get_heads())}; install that one again"
         )
     head = scripts.get_current_head()

@@ -19,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import structlog
 from sqlalchemy import Connection
 
 from headrace.backends.errors import LedgerUnavailable
 from headrace.backends.types import AttemptOutcome, Usage
 from headrace.server.accounting import recovery
 from headrace.server.accounting.clock import Clock, SteadyClock
-from headrace.server.accounting.database import Database, is_outage
+from headrace.server.accounting.database import Database, is_outage, reason_of
 from headrace.server.accounting.groups import Answer, HoldOp, SettleOp, SweepOp, WorkOp
 from headrace.server.accounting.progress import Noted, ProgressFile, Slot
 from headrace.server.accounting.records import Hold, HoldRequest, Settlement
@@ -35,12 +36,16 @@ from headrace.server.config import SettingsError
 
 T = TypeVar("T")
 
+logger = structlog.get_logger("headrace.ledger")
+
 HOLD_SECONDS = 600.0
 """After which a hold is void whose process has not been heard of."""
 SWEEP_SECONDS = 30.0
 """Between two looks after dead processes; those of this machine are noticed by it, whatever ``HOLD_SECONDS``."""
 CLOSE_SECONDS = 10.0
 """How long ``close`` waits for a database that is away."""
+MOST_SECONDS_APART = 5.0
+"""Of this machine's clock and PostgreSQL's, unless it is worth a warning: leases of keys last for 30 s."""
 _READERS = 4
 _NAME_LENGTH = 128
 
@@ -103,12 +108,23 @@ class Ledger:
         try:
             with self._database.connect() as connection:
                 recovery.sweep(
-                    self._database, connection, self._progress.path.parent, owner=self.owner, clock=self._clock
+                    self._database,
+                    connection,
+                    self._progress.path.parent,
+                    owner=self.owner,
+                    clock=self._clock,
+                    expires=False,
                 )
-        except BaseException:
+            ahead = self._database.seconds_ahead(self._clock())
+        except BaseException as error:
             self._progress.close(delete=True)
             self._database.close()
-            raise
+            if not is_outage(error):
+                raise
+            raise SettingsError(f"ledger: cannot be used: {reason_of(error)}") from error
+        if abs(ahead) > MOST_SECONDS_APART:
+            hint = "set this machine's clock: by it others take what runs here for dead, or are taken for dead"
+            logger.warning("clocks_differ", hint=hint, seconds_ahead_of_database=round(ahead, 3))
         self._writer.start()
 
     async def close(self) -> None:
@@ -119,7 +135,8 @@ class Ledger:
         await asyncio.to_thread(self._writer.stop, CLOSE_SECONDS)
         await asyncio.sleep(0)  # the last answers have been sent to the loop before
         self._progress.close(delete=not self._open and not self._num_unsettled)
-        self._readers.shutdown()
+        # What a cancelled reader has asked for may still be on its way.
+        await asyncio.to_thread(self._readers.shutdown)
         self._database.close()
 
     async def __aenter__(self) -> Self:

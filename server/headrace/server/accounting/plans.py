@@ -22,6 +22,8 @@ from headrace.backends.types import LatencyClass
 from headrace.server.accounting.records import Allowance
 
 Money = Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)]
+Tokens = Annotated[int, Field(ge=0, le=10**18)]  # as many as Money has nano-units: both fit into 64 bits, sums too
+Rate = Annotated[int, Field(ge=1, le=10**18)]
 
 
 def _latency_class(value: Any) -> Any:
@@ -45,17 +47,17 @@ class Limits(BaseModel):
 
     monthly_money: Money | None = None
     """What calls may cost in a month, in the ledger's currency; those that could cost more are refused."""
-    monthly_tokens: Annotated[int, Field(ge=0)] | None = None
+    monthly_tokens: Tokens | None = None
     """Tokens of input and output in a month; calls that could need more are refused."""
     soft_monthly_money: Money | None = None
     """Calls that could bring the month beyond this are warned."""
-    soft_monthly_tokens: Annotated[int, Field(ge=0)] | None = None
+    soft_monthly_tokens: Tokens | None = None
     """Calls that could bring the month beyond this are warned."""
-    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests_per_minute: Rate | None = None
     """Calls begun in a minute, on each server process."""
-    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Rate | None = None
     """Tokens of input and of possible output of the calls begun in a minute, on each server process."""
-    max_streams: Annotated[int, Field(ge=1)] | None = None
+    max_streams: Rate | None = None
     """Calls at once, on each server process."""
     models: frozenset[str] | None = None
     """Models that may be used."""

@@ -140,12 +140,8 @@ class ProgressFile:
             self._label(mapped, slot, label)
         self._number += 1
         read, written = usage.cache_read_input_tokens, usage.cache_write_input_tokens
-        count = _COUNT.pack(
-            self._number,
-            slot.odd_label,
-            outcome.value,
-            over,
-            estimated | usage.estimated,
+        flags = (self._number, slot.odd_label, outcome.value, over, estimated | usage.estimated)
+        counts = (
             _NOT_REPORTED if usage.input_tokens is None else usage.input_tokens,
             _NOT_REPORTED if read is None else read,
             _NOT_REPORTED if written is None else written,
@@ -155,6 +151,10 @@ class ProgressFile:
             _NOT_REPORTED if cost_nanos is None else cost_nanos,
             charge_nanos,
         )
+        try:
+            count = _COUNT.pack(*flags, *counts)
+        except struct.error:  # counts are a backend's own
+            count = _COUNT.pack(*flags, *(min(max(int(one), _NOT_REPORTED), 2**63 - 1) for one in counts))
         offset = slot.offset + 2 * _LABEL_SIZE + _COUNT_SIZE * slot.odd_count
         slot.odd_count = not slot.odd_count
         mapped[offset : offset + _CHECKSUM.size + _COUNT.size] = (
@@ -287,5 +287,5 @@ def _unpacked(content: bytes, slot: int, offset: int) -> tuple[int, str, Noted] 
 def _text(text: str | None, most: int) -> tuple[int, bytes]:
     if text is None:
         return _NO_TEXT, b""
-    encoded = text.encode()[:most]
+    encoded = text.encode(errors="replace")[:most]
     return len(encoded), encoded

@@ -22,8 +22,9 @@ logger = structlog.get_logger("headrace.ledger")
 _COLUMNS = [holds.c[name] for name in OpenHold._fields]
 
 
-def sweep(database: Database, connection: Connection, folder: Path, *, owner: str, clock: Clock) -> None:
-    """Settles what dead processes of this machine have left, then voids what has expired. ``connection`` is in no
+def sweep(database: Database, connection: Connection, folder: Path, *, owner: str, clock: Clock, expires: bool) -> None:
+    """Settles what dead processes of this machine have left; then voids what has expired, if it ``expires``, which
+    after an outage it does not before all others can have said that they are alive. ``connection`` is in no
     transaction. May be done by any process at any time, however often.
     """
     for other in progress.owners(folder):
@@ -37,6 +38,8 @@ def sweep(database: Database, connection: Connection, folder: Path, *, owner: st
                     dead.delete()
         except OSError:
             logger.exception("progress_not_read", owner=other)
+    if not expires:
+        return
     # A process with a file here is not on another machine: it is alive, or its file is about to be taken over.
     here = progress.owners(folder)
     with connection.begin():

@@ -20,6 +20,8 @@ from headrace.server.accounting.clock import day_of
 
 _MOST_ROWS = 64
 """Of one statement. Each count of rows is a statement of its own, and is prepared once."""
+MOST = 2**53
+"""Of a count, and of nano-units that a provider bills for one call: their sums stay within 64 bits."""
 
 
 class OpenHold(NamedTuple):
@@ -80,7 +82,9 @@ def posting_of(
     settled_at: int,
     recovered: bool = False,
 ) -> Posting:
-    """What a hold becomes. The tenant pays at most what was held; what a provider bills stands beside it."""
+    """What a hold becomes. The tenant pays at most what was held; what a provider bills stands beside it. Never fails:
+    counts are a backend's own, and a settlement that cannot be written would leave its hold behind.
+    """
     used = bool(usage.input_tokens or usage.output_tokens)
     charge = cost.charge_nanos if cost is not None and used else 0
     return Posting(
@@ -93,15 +97,15 @@ def posting_of(
         request_id=hold.request_id,
         state="posted" if used else "voided",
         outcome=outcome.name.lower(),
-        input_tokens=usage.input_tokens,
-        cache_read_input_tokens=usage.cache_read_input_tokens,
-        cache_write_input_tokens=usage.cache_write_input_tokens,
-        output_tokens=usage.output_tokens,
-        reasoning_output_tokens=usage.reasoning_output_tokens,
-        sent_output_tokens=usage.sent_output_tokens,
+        input_tokens=countable(usage.input_tokens),
+        cache_read_input_tokens=countable(usage.cache_read_input_tokens),
+        cache_write_input_tokens=countable(usage.cache_write_input_tokens),
+        output_tokens=countable(usage.output_tokens),
+        reasoning_output_tokens=countable(usage.reasoning_output_tokens),
+        sent_output_tokens=countable(usage.sent_output_tokens),
         price_id=fitting(cost.price_id, 256) if cost is not None else None,
-        charge_nanos=min(charge, hold.held_nanos),
-        cost_nanos=cost.cost_nanos if cost is not None else None,
+        charge_nanos=max(min(charge, hold.held_nanos), 0),
+        cost_nanos=countable(cost.cost_nanos) if cost is not None else None,
         estimated=usage.estimated or (cost is not None and cost.estimated),
         recovered=recovered,
         held_nanos=hold.held_nanos,
@@ -125,8 +129,15 @@ def voided(hold: OpenHold, *, settled_at: int, recovered: bool = False) -> Posti
 
 
 def fitting(text: str, most: int) -> str:
-    """A label as a column takes it: PostgreSQL refuses what is too long, or has a NUL."""
-    return text.replace("\0", "�")[:most]
+    """A label as a column takes it: PostgreSQL refuses what is too long, or has a NUL, and no database takes half of a
+    surrogate pair.
+    """
+    return text.encode(errors="replace").decode().replace("\0", "�")[:most]
+
+
+def countable(count: int | None) -> int | None:
+    """A count as a column takes it, and its sums."""
+    return None if count is None else min(max(int(count), 0), MOST)
 
 
 Place = tuple[str, str, str]

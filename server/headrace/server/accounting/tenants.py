@@ -166,9 +166,18 @@ def revoke_key(connection: Connection, key_id: str, *, now: int) -> Key:
 
 def list_keys(connection: Connection, tenant: str | None = None) -> list[Key]:
     """By tenant and age; those of one tenant if it is named. Raises AccountError for one that is not there, and
-    ValueError for a key that another version of headrace has written.
+    for a key that another version of headrace has written.
     """
-    return [read_key(row) for row in key_rows(connection, tenant)]
+    keys = []
+    for row in key_rows(connection, tenant):
+        try:
+            keys.append(read_key(row))
+        except ValueError:
+            raise AccountError(
+                f"key {row.id!r} of {row.tenant!r}: another version of headrace has written it, and servers of this one"
+                f" refuse it; use that version, or `headrace keys revoke {row.id}`"
+            ) from None
+    return keys
 
 
 def key_rows(connection: Connection, tenant: str | None = None) -> list[Row[Any]]:
@@ -183,6 +192,12 @@ def key_rows(connection: Connection, tenant: str | None = None) -> list[Row[Any]
 
 def read_key(row: Row[Any]) -> Key:
     """Raises ValueError where its limits are none that this version knows: what is not understood limits nothing."""
+    try:
+        limits = Limits.model_validate(row.entitlements)
+    except ValueError:
+        if row.revoked_at is None:
+            raise
+        limits = UNLIMITED  # it never works again, whatever they were
     return Key(
         id=row.id,
         tenant=row.tenant,
@@ -191,7 +206,7 @@ def read_key(row: Row[Any]) -> Key:
         created_at=row.created_at,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
-        limits=Limits.model_validate(row.entitlements),
+        limits=limits,
         certificate_name=row.certificate_name,
         secret_sha256=None if row.secret_sha256 is None else bytes(row.secret_sha256),
     )

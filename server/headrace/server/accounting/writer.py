@@ -26,9 +26,10 @@ MOST_OPS = 512
 """That are taken at once."""
 SETTLE_SECONDS = 0.01
 """How long settlements may wait for a hold to share a transaction with: nobody waits for them alone."""
-BUSY_HOLDS, BUSY_SECONDS, GATHER_SECONDS = 3, 0.05, 0.005
-"""A group that comes soon after one of so many holds is gathered for so long: under load larger groups save more than
-the wait costs, and calls that come one by one never wait."""
+COME_BACK_SECONDS = 60.0
+"""After an outage, and after a start, which may end one: for so long no hold expires. Nobody could renew theirs, and
+whoever is back first must not take the others for dead, whose settlements wait.
+"""
 _FIRST_RETRY, _LAST_RETRY = 0.05, 2.0
 """Seconds between tries to reach a database that is away."""
 
@@ -56,7 +57,6 @@ class Writer:
         self._queue: queue.SimpleQueue[Op | SweepOp | None] = queue.SimpleQueue()
         self._unwritten: list[SettleOp] = []
         """Settlements that wait for the database, the oldest first."""
-        self._busy_until = 0.0
         """Until then calls come so thick that the next ones are worth waiting for."""
         self._settle_by = 0.0
         """When they are written at the latest, if the database can be."""
@@ -65,6 +65,8 @@ class Writer:
         self._retry_seconds = _FIRST_RETRY
         self._next_try = 0.0
         self._next_sweep = time.monotonic() + sweep_seconds
+        self._expires_from = self._after_coming_back()
+        """Of the ledger's clock."""
         self._stop_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
@@ -92,17 +94,13 @@ class Writer:
             self.healthy = False
             self._drop_connection()
             left, sweeps = Group(), list[SweepOp]()
-            self._take(left, sweeps)
+            while not self._queue.empty():
+                self._take(left, sweeps)
             self._answer([(op, LedgerUnavailable()) for op in (*left.ops(), *sweeps)])
 
     def _turn(self) -> None:
         group, sweeps = Group(), list[SweepOp]()
         self._take(group, sweeps, wait_until=self._due())
-        if group.holds and time.monotonic() < self._busy_until and self._stop_at is None:
-            time.sleep(GATHER_SECONDS)
-            self._take(group, sweeps)
-        if len(group.holds) >= BUSY_HOLDS:
-            self._busy_until = time.monotonic() + BUSY_SECONDS
         if not self.healthy and time.monotonic() < self._next_try:
             self._answer([(op, LedgerUnavailable()) for op in group.ops()])
         else:
@@ -178,6 +176,7 @@ class Writer:
     def _written(self, answers: Sequence[Answer]) -> None:
         if not self.healthy:
             logger.info("ledger_back", num_waited=len(self._unwritten))
+            self._expires_from = self._after_coming_back()
         self.healthy = True
         done = {op for op, _ in answers}
         self._unwritten = [op for op in self._unwritten if op not in done]
@@ -237,7 +236,14 @@ class Writer:
                 self._connection = self._database.connect()
             with self._connection.begin():
                 recovery.renew(self._connection, owner=self._owner, expires_at=self._clock() + self._hold_nanos)
-            recovery.sweep(self._database, self._connection, self._folder, owner=self._owner, clock=self._clock)
+            recovery.sweep(
+                self._database,
+                self._connection,
+                self._folder,
+                owner=self._owner,
+                clock=self._clock,
+                expires=self._clock() >= self._expires_from,
+            )
         except Exception as error:  # it is done again; calls go on
             if is_outage(error):
                 self._committing = False
@@ -247,6 +253,9 @@ class Writer:
             self._drop_connection()
             return error
         return None
+
+    def _after_coming_back(self) -> int:
+        return self._clock() + round(COME_BACK_SECONDS * 1e9)
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None

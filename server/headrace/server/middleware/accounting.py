@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from headrace.backends.components import Price
 from headrace.backends.types import (
+    Attempt,
     AttemptOutcome,
     Call,
     ChoiceFinish,
@@ -117,18 +118,26 @@ async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold) -> Event
 
 
 def _note(call: Call, ledger: Ledger, hold: Hold) -> None:
-    attempts, price = call.meter.attempts, hold.worst_case.price
+    # The backend's thread goes on counting: what is noted, and what that costs, must be of one moment.
+    attempts = [Attempt(one.backend, usage=one.usage.copy(), outcome=one.outcome) for one in call.meter.attempts]
+    price = hold.worst_case.price
     if attempts:
         charge = 0 if price is None else billed_nanos(attempts, price)
         ledger.note(hold, billed_usage(attempts), charge, attempts[-1].backend)
 
 
 def _settlement(call: Call, hold: Hold, outcome: AttemptOutcome) -> Settlement:
-    attempts = call.meter.attempts
+    attempts, held = call.meter.attempts, hold.worst_case.nanos
     _price(call, hold.worst_case.price)
+    if call.meter.cost is not None and call.meter.cost.charge_nanos > held:
+        # What is beyond is the operator's to pay; the report says what the ledger does.
+        call.meter.cost = replace(call.meter.cost, charge_nanos=held)
     return Settlement(
         hold=hold,
-        usage=billed_usage(attempts),
+        # Of a whole answer nothing has been sent yet.
+        usage=replace(
+            billed_usage(attempts), sent_output_tokens=call.meter.sent_output_tokens if call.is_streamed else None
+        ),
         cost=call.meter.cost,
         outcome=outcome,
         backend=attempts[-1].backend if attempts else None,

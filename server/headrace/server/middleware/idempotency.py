@@ -25,6 +25,7 @@ from headrace.backends.errors import (
     InvalidArgument,
     LedgerUnavailable,
     ModelNotFound,
+    Overloaded,
     StreamAborted,
 )
 from headrace.backends.types import Call, Events, Handler, StreamEnd
@@ -38,6 +39,8 @@ MAX_ANSWER_BYTES = 8 * 2**20
 """In memory, about, of one answer; a larger one is read by one call alone, and not kept."""
 MAX_UNREAD = 16
 """Calls of one tenant that go on without a reader: limits on calls at once do not count these."""
+
+_RETRY_SECONDS = 1.0
 
 logger = structlog.get_logger("headrace.idempotency")
 
@@ -121,7 +124,8 @@ class Idempotency:
 
     def replay(self, inner: Handler) -> Handler:
         """Runs each call that has a key once. Raises InvalidArgument for a key that was another request's, or where
-        keys are refused; AnswerExpired; Overloaded while the call runs in another process; LedgerUnavailable.
+        keys are refused; AnswerExpired; Overloaded while the call runs in another process, or where too many answers
+        are being read; LedgerUnavailable.
         """
 
         async def handle(call: Call) -> Events:
@@ -228,10 +232,7 @@ class Idempotency:
             if data is None:
                 await self._run(run, inner, ledger)
             else:
-                run.answer = await asyncio.to_thread(decode, data)
-                if run.answer is None:
-                    raise AnswerExpired("the answer to this idempotency_key is one of another version; take a new key")
-                run.events = list(run.answer.events)
+                await self._load(run, data)
         except asyncio.CancelledError:
             run.error = StreamAborted("the call was cancelled: nobody had read it for a while")
             raise
@@ -256,6 +257,19 @@ class Idempotency:
         except asyncio.CancelledError:
             await self._give_up(run, ledger)  # it may have been written all the same
             raise
+
+    async def _load(self, run: _Run, data: bytes) -> None:
+        """Answers with what the database has. Raises AnswerExpired, or Overloaded: replays that are read slowly take
+        memory as calls that run do, of which they leave those a half.
+        """
+        answer = await asyncio.to_thread(decode, data)
+        if answer is None:
+            raise AnswerExpired("the answer to this idempotency_key is one of another version; take a new key")
+        size = sum(map(size_of, answer.events))
+        if self._size and self._size + size > self._max_bytes // 2:
+            raise Overloaded("too many answers are being read; try again", retry_after=_RETRY_SECONDS)
+        run.answer, run.events, run.size = answer, list(answer.events), size
+        self._size += size
 
     async def _run(self, run: _Run, inner: Handler, ledger: Ledger) -> None:
         renewing = asyncio.create_task(self._renew(run, ledger))

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
+from urllib.parse import quote
 
 import grpc
 import structlog
@@ -30,7 +31,8 @@ USAGE_KEY = "headrace-usage-bin"
 COST_KEY = "headrace-cost-bin"
 """Trailer beside it, where there is a price: a serialized ``headrace.v1.Cost``."""
 WARNING_KEY = "headrace-budget-warning"
-"""Trailer of a call that a soft limit would have refused if it were a hard one: which limit."""
+"""Trailer of a call that a soft limit would have refused if it were a hard one: which limit, percent-encoded as in
+``grpc-message``: a tenant of a plugin's authenticator may have any name."""
 REPLAYED_KEY = "headrace-replayed"
 """Trailer ``true`` of an answer that was given before, under the same idempotency key."""
 
@@ -44,6 +46,8 @@ logger = structlog.get_logger(__name__)
 
 NO_REQUEST = GenerateRequest(input=TokenIdsInput(()))
 """For calls that generate nothing."""
+
+_AS_IT_IS = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -132,7 +136,7 @@ class Rpc:
         """What every call tells, however it ends."""
         trailers: list[Metadatum] = [(REQUEST_ID_KEY, self.request_id)]
         if self.call is not None:
-            trailers += [(WARNING_KEY, warning) for warning in self.call.meter.warnings]
+            trailers += [(WARNING_KEY, quote(warning, safe=_AS_IT_IS)) for warning in self.call.meter.warnings]
             trailers += [(REPLAYED_KEY, "true")] * self.call.meter.replayed
         return tuple(trailers)
 
