@@ -24,6 +24,7 @@ from headrace.server.accounting.event_sinks import NotAccepted, Sink, open_sink
 from headrace.server.accounting.event_targets import HttpTarget, Target
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.queries import Page, Receipt, last_sequence, settled_after
+from headrace.server.accounting.records import POSTED_COUNTS
 from headrace.server.accounting.schema import exports
 from headrace.server.config import SettingsError
 
@@ -40,14 +41,6 @@ REFUSED_SECONDS = 300.0
 CLOSE_SECONDS = 5.0
 """For what has been settled last when the server stops; the next one hands over the rest."""
 _SECOND = 1_000_000_000
-_COUNTS = (
-    "input_tokens",
-    "cache_read_input_tokens",
-    "cache_write_input_tokens",
-    "output_tokens",
-    "reasoning_output_tokens",
-    "sent_output_tokens",
-)
 
 logger = structlog.get_logger("headrace.usage_events")
 
@@ -74,7 +67,7 @@ def event_of(receipt: Receipt, *, ledger_id: str, currency: str) -> dict[str, An
             "backend": receipt.backend,
             "outcome": receipt.outcome.name.lower(),
             "month": receipt.month,
-            "usage": {name: usage[name] for name in _COUNTS},
+            "usage": {name: usage[name] for name in POSTED_COUNTS},
             "estimated": receipt.usage.estimated,
             "currency": currency,
             "charge_nanos": receipt.charge_nanos,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.server.accounting.records import POSTED_COUNTS
 
 _SUFFIX = ".progress"
 _HEADER = struct.Struct("<8s32s32s")
@@ -36,15 +37,6 @@ _COUNT_SIZE = 96
 _SLOT_SIZE = 2 * _LABEL_SIZE + 2 * _COUNT_SIZE
 _GROWTH = 256
 """Slots."""
-_COUNTS = (
-    "input_tokens",
-    "cache_read_input_tokens",
-    "cache_write_input_tokens",
-    "output_tokens",
-    "reasoning_output_tokens",
-    "sent_output_tokens",
-)
-"""Those of ``Usage`` that a posting has."""
 _NO_TEXT = 2**16 - 1
 _NOT_REPORTED = -1
 _USAGE_ESTIMATED, _COST_ESTIMATED = 1, 2
@@ -270,7 +262,7 @@ def _unpacked(content: bytes, slot: int, offset: int) -> tuple[int, str, Noted] 
         return None
     hold_id, currency, price_length, price_id, length, backend = _LABEL.unpack(label)
     reported = (None if count == _NOT_REPORTED else count for count in counts)
-    usage = Usage(estimated=bool(estimated & _USAGE_ESTIMATED), **dict(zip(_COUNTS, reported, strict=True)))
+    usage = Usage(estimated=bool(estimated & _USAGE_ESTIMATED), **dict(zip(POSTED_COUNTS, reported, strict=True)))
     cost = None
     if price_length != _NO_TEXT:
         cost = Cost(

@@ -13,6 +13,7 @@ from headrace.backends.types import AttemptOutcome, Usage
 from headrace.server.accounting.admission import Balance
 from headrace.server.accounting.records import Account
 from headrace.server.accounting.schema import balances, daily_usage, holds, postings
+from headrace.server.accounting.store import DAILY_SUMS
 
 MAX_RECEIPTS = 100
 """Of one request id."""
@@ -100,18 +101,8 @@ class Page:
     """Whether there is anything behind ``upto``, perhaps of others."""
 
 
-_COUNTS = (
-    "requests",
-    "cancelled_requests",
-    "failed_requests",
-    "cached_requests",
-    "input_tokens",
-    "cache_read_input_tokens",
-    "cache_write_input_tokens",
-    "output_tokens",
-    "reasoning_output_tokens",
-    "charge_nanos",
-)
+COUNTS = tuple(name for name in DAILY_SUMS if name != "cost_nanos")
+"""Of ``Totals``."""
 
 
 def usage(
@@ -126,7 +117,7 @@ def usage(
 ) -> list[UsageRow]:
     """What was used on the days from first to last, a row for each group in which anything was, in order."""
     columns = [daily_usage.c[one.value] for one in group_by]
-    sums = [func.sum(daily_usage.c[name]).label(name) for name in (*_COUNTS, "cost_nanos")]
+    sums = [func.sum(daily_usage.c[name]).label(name) for name in (*COUNTS, "cost_nanos")]
     query = select(*columns, *sums).where(daily_usage.c.day.between(first_day, last_day))
     for column, wanted in ((daily_usage.c.tenant, tenant), (daily_usage.c.key, key), (daily_usage.c.model, model)):
         if wanted is not None:
@@ -141,7 +132,7 @@ def usage(
 def add(totals: Collection[Totals]) -> Totals:
     """All together. The cost is that of those of which it is known."""
     costs = [one.cost_nanos for one in totals if one.cost_nanos is not None]
-    sums = {name: sum(getattr(one, name) for one in totals) for name in _COUNTS}
+    sums = {name: sum(getattr(one, name) for one in totals) for name in COUNTS}
     return Totals(**sums, cost_nanos=sum(costs) if costs else None)
 
 
@@ -207,7 +198,7 @@ def balances_of(connection: Connection, accounts: Collection[Account], month: st
 def _totals(row: Mapping[Any, Any]) -> Totals:
     # PostgreSQL sums up in NUMERIC.
     cost = row["cost_nanos"]
-    return Totals(**{name: int(row[name]) for name in _COUNTS}, cost_nanos=None if cost is None else int(cost))
+    return Totals(**{name: int(row[name]) for name in COUNTS}, cost_nanos=None if cost is None else int(cost))
 
 
 def _held(row: Mapping[Any, Any]) -> Receipt:

@@ -74,3 +74,14 @@ class Settlement:
     cost: Cost | None
     outcome: AttemptOutcome
     backend: str | None
+
+
+POSTED_COUNTS = (
+    "input_tokens",
+    "cache_read_input_tokens",
+    "cache_write_input_tokens",
+    "output_tokens",
+    "reasoning_output_tokens",
+    "sent_output_tokens",
+)
+"""Those of ``Usage`` that the ledger has of a call."""

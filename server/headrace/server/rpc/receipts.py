@@ -14,23 +14,10 @@ from headrace.server.rpc.answer import usage_message
 from headrace.v1 import accounting_pb2 as pb
 from headrace.v1 import usage_pb2
 
-_TOTALS = (
-    "requests",
-    "cancelled_requests",
-    "failed_requests",
-    "cached_requests",
-    "input_tokens",
-    "cache_read_input_tokens",
-    "cache_write_input_tokens",
-    "output_tokens",
-    "reasoning_output_tokens",
-    "charge_nanos",
-)
-
 
 def totals_message(totals: queries.Totals, *, show_costs: bool) -> pb.UsageTotals:
     """``show_costs``: whether the caller may know what providers bill."""
-    message = pb.UsageTotals(**{name: getattr(totals, name) for name in _TOTALS})
+    message = pb.UsageTotals(**{name: getattr(totals, name) for name in queries.COUNTS})
     if show_costs and totals.cost_nanos is not None:
         message.cost_nanos = totals.cost_nanos
     return message
