@@ -189,7 +189,9 @@ class Ledger:
             raise
 
     def note(self, hold: Hold, usage: Usage, charge_nanos: int, backend: str | None) -> None:
-        """Notes what a running call has used so far where a killed process leaves it. Quick: called for each part of a stream."""
+        """Notes what a running call has used so far where a killed process leaves it. Quick: called for each part of a
+        stream.
+        """
         price = hold.worst_case.price
         label = (hold.id, None, None, backend) if price is None else (hold.id, price.currency, price.id, backend)
         self._progress.write_counts(self._open[hold.id][1], label, usage, charge_nanos)
