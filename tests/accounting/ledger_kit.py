@@ -100,8 +100,8 @@ def settlement(
 
 def note(ledger: Ledger, hold: Hold, input_tokens: int, output_tokens: int) -> None:
     """What ``settlement`` would say, of a call that runs."""
-    so_far = settlement(hold, input_tokens, output_tokens)
-    ledger.note(hold, so_far.usage, so_far.cost.charge_nanos if so_far.cost is not None else 0, so_far.backend)
+    so_far, price = settlement(hold, input_tokens, output_tokens), hold.request.worst_case.price
+    ledger.note(hold, so_far.usage, so_far.cost.charge_nanos if so_far.cost is not None else 0, price, so_far.backend)
 
 
 def kill(ledger: Ledger) -> None:

@@ -24,7 +24,7 @@ from calls_kit import (
     serving,
 )
 
-from headrace.backends.types import Call, Delta, Events, GenerateRequest, Principal, Prompt, TextInput, Usage
+from headrace.backends.types import Call, Delta, Events, GenerateRequest, Principal, Prompt, Target, TextInput, Usage
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.records import Hold
 from headrace.server.config import SettingsError
@@ -374,14 +374,16 @@ async def test_what_is_noted_costs_what_it_says_though_the_backend_goes_on_count
 
     notes: list[tuple[int, int]] = []
 
-    def note(_ledger: Ledger, _hold: Hold, usage: Usage, charge_nanos: int, _backend: str | None) -> None:
+    def note(_ledger: Ledger, _hold: Hold, usage: Usage, charge_nanos: int, *_: object) -> None:
         notes.append((usage.output_tokens or 0, charge_nanos))
 
     monkeypatch.setattr(Ledger, "note", note)
     async with serving(tmp_path) as served:
         call = Call(request=GenerateRequest(input=TextInput("prompt")), request_id="r", arrived=0.0, is_streamed=True)
-        call.model, call.prompt = served.app.registry.find("letters").model, Prompt("prompt", tuple(b"prompt"))
-        call.max_new_tokens = 1_000
+        model = served.app.registry.find("letters").model
+        assert model is not None
+        call.targets = (Target(model=model, prompt=Prompt("prompt", tuple(b"prompt")), max_new_tokens=1_000),)
+        call.enter(call.targets[0])
         limits = RateLimits(served.app.accounting.accounts.terms, clock=time.monotonic)
         async with aclosing(account(counting, accounting=served.app.accounting, limits=limits)(call)) as events:
             assert len([event async for event in events]) == 5

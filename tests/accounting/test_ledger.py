@@ -581,7 +581,7 @@ async def test_counts_that_a_backend_made_up_are_settled_too(
         hold = await ledger.hold(request(price=cheaper_cached))
         made_up = settlement(hold, input_tokens, output_tokens, **more)
         assert made_up.cost is not None
-        ledger.note(hold, made_up.usage, made_up.cost.charge_nanos, "made\ud800up")
+        ledger.note(hold, made_up.usage, made_up.cost.charge_nanos, PRICE, "made\ud800up")
         await ledger.settle(replace(made_up, backend="made\ud800up"))
     assert await ledger.read(open_holds) == []
     for row in await ledger.read(posted):

@@ -28,7 +28,7 @@ from headrace.backends.price_book import (
 )
 from headrace.backends.price_refresh import collect
 from headrace.backends.price_table import PriceTable, TableOptions
-from headrace.server.accounting.prices import Prices
+from headrace.server.accounting.prices import Priced, Prices
 from headrace.server.components import make_price_sources
 from headrace.server.config import Settings, SettingsError
 from headrace.server.plugins import PluginError, load_plugins
@@ -65,15 +65,15 @@ def test_a_price_holds_until_the_next_begins() -> None:
         ((2026, 12, 24, 17, 59, 59), "t/m@2026-12-01", 3),
         ((2026, 12, 24, 18), "t/m@2026-12-24T18:00:00Z", 0),
     ):
-        price = prices.price("any", "m", nanos(*moment))
+        price = prices.price(Priced("any", "m"), nanos(*moment))
         assert price is not None
         assert (price.id, price.input_nanos) == (price_id, amount * 10**9)
-    assert prices.price("any", "other", 0) is None
+    assert prices.price(Priced("any", "other"), 0) is None
 
 
 def test_before_the_first_price_begins_there_is_none() -> None:
     prices = prices_of(table({"m": [{"from": date(2026, 12, 1), "input": 1, "output": 1}]}))
-    assert prices.price("any", "m", nanos(2026, 12, 1) - 1) is None
+    assert prices.price(Priced("any", "m"), nanos(2026, 12, 1) - 1) is None
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_versions_that_cannot_be_are_refused(models: Mapping[str, Any], problem:
 
 def test_the_first_source_that_knows_a_price_is_believed() -> None:
     prices = prices_of(table({"a": {"input": 1, "output": 1}}), table({"a": {"input": 2, "output": 2}, "b": VERSIONS}))
-    first, second = prices.price("x", "a", 0), prices.price("x", "b", 0)
+    first, second = prices.price(Priced("x", "a"), 0), prices.price(Priced("x", "b"), 0)
     assert first is not None
     assert second is not None
     assert (first.input_nanos, second.id) == (10**9, "t/b")
@@ -129,10 +129,10 @@ class Secretive:
 def test_another_currency_that_shows_late_is_refused_at_the_call() -> None:
     source = Secretive()
     prices = prices_of(source)
-    assert prices.price("x", "m", 0) is not None
+    assert prices.price(Priced("x", "m"), 0) is not None
     source.currency = "EUR"
     with pytest.raises(RuntimeError, match="'secretive' gave 's' in EUR; the ledger is in USD"):
-        prices.price("x", "m", 0)
+        prices.price(Priced("x", "m"), 0)
 
 
 def listed(provider: str | None, model: str, day: int | None = None, output: int = 1) -> ListedPrice:
@@ -147,18 +147,47 @@ def listed(provider: str | None, model: str, day: int | None = None, output: int
 
 def test_served_models_are_listed_with_the_price_in_force_and_those_to_come() -> None:
     prices = prices_of(table({"m": VERSIONS, "hidden": VERSIONS}), now=nanos(2026, 12, 5))
-    found = prices.listed([("onnx", "m"), ("onnx", "priceless")])
+    found = prices.listed([Priced("onnx", "m"), Priced("onnx", "priceless")])
     assert [(one.provider, one.entry.price.id, one.served) for one in found] == [
         ("onnx", "t/m@2026-12-01", True),
         ("onnx", "t/m@2026-12-24T18:00:00Z", True),
     ]
-    current = prices.current("onnx", "m")
+    current = prices.current(Priced("onnx", "m"))
     assert current is not None
     assert current.price.id == "t/m@2026-12-01"
 
 
+REMOTE = Priced("remote", "fast", provider="openai", provider_model="gpt-x")
+
+
+def test_a_remote_model_is_charged_by_its_name_here_or_else_by_its_providers() -> None:
+    book = {"gpt-x": {"input": 1, "output": 2}}
+    by_provider = prices_of(table(book)).price(REMOTE, 0)
+    assert by_provider is not None
+    assert by_provider.id == "t/gpt-x"
+    own = prices_of(table(book | {"fast": {"input": 3, "output": 4}})).price(REMOTE, 0)
+    assert own is not None
+    assert own.id == "t/fast"
+
+
+def test_what_a_provider_asks_is_known_from_the_guide_unless_a_source_knows_better() -> None:
+    guide = [listed("openai", "gpt-x", output=7), listed("other", "gpt-x", output=8)]
+    own = {"fast": {"input": 3, "output": 4}}
+    from_guide = prices_of(table(own), guide=guide).cost(REMOTE, nanos(2026, 11, 23))
+    assert from_guide is not None
+    assert from_guide.output_nanos == 7
+    known = prices_of(table(own | {"gpt-x": {"input": 1, "output": 2}}), guide=guide).cost(REMOTE, 0)
+    assert known is not None
+    assert known.id == "t/gpt-x"
+
+
+def test_what_runs_here_has_no_provider_that_asks_for_anything() -> None:
+    guide = [listed("onnx", "m")]
+    assert prices_of(table({"m": VERSIONS}), guide=guide).cost(Priced("onnx", "m"), nanos(2026, 12, 5)) is None
+
+
 def test_what_a_source_does_not_list_is_listed_where_it_is_served() -> None:
-    [one] = prices_of(Secretive()).listed([("x", "m")])
+    [one] = prices_of(Secretive()).listed([Priced("x", "m")])
     assert (one.entry.price.id, one.entry.source, one.entry.effective_from) == ("s", "secretive", None)
 
 
@@ -197,18 +226,18 @@ def source_of(tmp_path: Path, raw: bytes, **options: Any) -> BookPrices:
 
 def test_a_book_has_the_prices_of_the_provider_that_is_named_like_the_backend(tmp_path: Path) -> None:
     prices = prices_of(source_of(tmp_path, book(), digest=digest_of(book())))
-    now, later = prices.price("p", "m", nanos(2026, 11, 30)), prices.price("p", "m", nanos(2026, 12, 1))
+    now, later = prices.price(Priced("p", "m"), nanos(2026, 11, 30)), prices.price(Priced("p", "m"), nanos(2026, 12, 1))
     assert now is not None
     assert later is not None
     assert (now.input_nanos, later.input_nanos) == (10**9, 3 * 10**9)
-    assert prices.price("other", "m", 0) is None
+    assert prices.price(Priced("other", "m"), 0) is None
     named = prices_of(source_of(tmp_path, book(), providers={"gateway": "p"}))
-    assert named.price("gateway", "m", nanos(2026, 11, 30)) == now
+    assert named.price(Priced("gateway", "m"), nanos(2026, 11, 30)) == now
 
 
 def test_nothing_is_charged_by_a_price_with_a_condition(tmp_path: Path) -> None:
     prices = prices_of(source_of(tmp_path, book()))
-    assert prices.price("p", "tiered", nanos(2026, 12, 1)) is None
+    assert prices.price(Priced("p", "tiered"), nanos(2026, 12, 1)) is None
     [tiered] = [one for one in prices.listed([]) if one.entry.model == "tiered"]
     assert tiered.entry.source == "s 1, up to 9 input tokens"
 
@@ -219,8 +248,8 @@ def test_a_condition_that_comes_later_ends_the_price_before_it(tmp_path: Path) -
         {"provider": "p", "model": "m", "from": "2026-12-01", "input": "1", "output": "2", "condition": "at night"},
     ]
     prices = prices_of(source_of(tmp_path, book(prices=entries)))
-    assert prices.price("p", "m", nanos(2026, 11, 30)) is not None
-    assert prices.price("p", "m", nanos(2026, 12, 1)) is None
+    assert prices.price(Priced("p", "m"), nanos(2026, 11, 30)) is not None
+    assert prices.price(Priced("p", "m"), nanos(2026, 12, 1)) is None
 
 
 def test_equal_amounts_have_equal_ids_and_others_have_others(tmp_path: Path) -> None:
@@ -282,7 +311,7 @@ def test_a_server_that_is_to_use_such_a_file_does_not_start(tmp_path: Path) -> N
     with pytest.raises(SettingsError, match=r"price_sources.book.digest: String should match pattern"):
         prices(digest="md5:1")
     file.write_bytes(book())
-    assert prices(digest=digest_of(book())).price("p", "m", nanos(2026, 11, 30)) is not None
+    assert prices(digest=digest_of(book())).price(Priced("p", "m"), nanos(2026, 11, 30)) is not None
 
 
 # --- the cost guide, and how it is made
@@ -353,5 +382,5 @@ def test_a_refresh_says_what_the_package_says_or_leaves_it_out() -> None:
 
 def test_a_model_served_under_a_name_of_the_guide_is_not_priced_by_it() -> None:
     prices = prices_of(guide=cost_guide())
-    assert prices.price("openai", "gpt-4o", nanos(2026, 11, 23)) is None
+    assert prices.price(Priced("openai", "gpt-4o"), nanos(2026, 11, 23)) is None
     assert replace(cost_guide()[0], source="") != cost_guide()[0]

@@ -197,6 +197,14 @@ def test_misuse_is_a_bug(kv: KvMemory) -> None:
         kv.reserve(1, CAPACITY + 1)
 
 
+def test_closing_while_an_error_holds_on_to_a_view_leaves_the_memory_to_its_last_holder() -> None:
+    kv = make()
+    view = kv._cells[0, 0, 0]
+    kv.close()
+    view[:] = 1  # still mapped
+
+
+
 class Accounting(RuleBasedStateMachine):
     """Whatever happens, what is resident stays within the budget, and is what the operating system gave."""
 

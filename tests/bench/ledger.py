@@ -114,7 +114,7 @@ async def _caller(ledger: Ledger, tenant: int, until: float, seconds: list[float
         settlement = Settlement(
             hold=hold, usage=_USAGE, cost=_COST, outcome=AttemptOutcome.COMPLETED, backend="scripted"
         )
-        ledger.note(hold, _USAGE, 7_120, "scripted")
+        ledger.note(hold, _USAGE, 7_120, _PRICE, "scripted")
         ledger.settle(settlement)
 
 

@@ -30,6 +30,7 @@ from headrace.backends.types import (
     Principal,
     Prompt,
     StreamEnd,
+    Target,
     TextInput,
     TokenIdsInput,
 )
@@ -159,8 +160,11 @@ class TinyApplication:
         async def handle(call: Call) -> Events:
             self._resolve(call)
             text = call.request.input.text if isinstance(call.request.input, TextInput) else ""
-            call.prompt = Prompt(text, tuple(text.encode()) if self.tokenizes else ())
-            call.max_new_tokens = call.request.stopping.max_new_tokens or 10
+            prompt = Prompt(text, tuple(text.encode()) if self.tokenizes else ())
+            most = call.request.stopping.max_new_tokens or 10
+            assert call.model is not None
+            call.targets = (Target(model=call.model, prompt=prompt, max_new_tokens=most),)
+            call.enter(call.targets[0])
             async with aclosing(inner(call)) as events:
                 async for event in events:
                     yield event

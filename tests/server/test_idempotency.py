@@ -521,7 +521,7 @@ async def test_an_answer_too_large_is_read_by_one_at_its_own_pace_and_not_kept(
     await first.read(2)
     await slow.read(1)
     model.go.give(97)
-    await until(lambda: not next(iter(keys._runs.values())).kept)
+    await until(lambda: not next(iter(keys._runs.values())).broadcast.kept)
     with pytest.raises(AnswerExpired, match="too large"):
         await slow.rest()
     assert model.said < 20  # it waits for the one that is ahead

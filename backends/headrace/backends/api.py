@@ -53,6 +53,12 @@ class ModelCard:
     quantization: str | None = None
     parameter_count: int | None = None
     license: str | None = None
+    provider: str | None = None
+    """Of a remote model: who provides it, such as ``"openai"``. Prices are known by it and ``provider_model``."""
+    provider_model: str | None = None
+    """Of a remote model: its name there."""
+    revision: str | None = None
+    """Of a remote model: what its operator calls this state of it; stored answers of another are not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,11 @@ class InfillTokenizer(Tokenizer, Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    A remote one may have an attribute ``reported_version``, a ``str`` or ``None``: what its provider last said that it
+    is. Stored answers of another version are not given.
+    """
 
     card: ModelCard
     backend: str

@@ -68,6 +68,8 @@ class CallRecord:
     tenant: str
     model: str | None
     """``None``: refused before its model was known."""
+    route: str | None = None
+    """The name that it asked for, if that is a route; ``attempts`` has the models that were tried."""
     error: str | None
     """The kind of the error it ended with, such as ``"QueueFull"`` or ``"Cancelled"``; ``None``: it did not."""
     usage: Usage

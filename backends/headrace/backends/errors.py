@@ -10,6 +10,7 @@
     │   ├── QueueFull            the queue is at its limit
     │   ├── QueueTimeout         it waited as long as it was allowed to
     │   ├── RateLimited          the caller has had its share of this minute
+    │   ├── ProviderLimited      the server has had its share at a remote provider
     │   └── BudgetHeld           what is left of the budget is held for calls that run
     ├── BudgetSpent              what is left of the budget is too little
     ├── Loading                  the model is not ready yet
@@ -22,7 +23,8 @@
     ├── NoLedger                 the server keeps no ledger
     ├── LedgerUnavailable        the ledger cannot be written or read now
     └── BackendError             the backend failed
-        └── BackendUnavailable   … in a way that may pass
+        ├── BackendUnavailable   … in a way that may pass
+        └── ProviderRefused      a remote provider refuses the server: its key, its rights, the model it asks for
 
 Messages are for the caller: they never hold a path of the server, a key, or another tenant's data. The gRPC layer maps
 each class to a status in one table (``headrace.server.rpc.status``).
@@ -30,9 +32,26 @@ each class to a status in one table (``headrace.server.rpc.status``).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatus:
+    """What a remote provider said when a call failed there."""
+
+    provider: str
+    """Its name in the settings."""
+    status: int | None = None
+    """Of HTTP; ``None``: there was no answer."""
+    code: str | None = None
+    """Its own, such as ``"rate_limit_exceeded"``."""
+
 
 class HeadraceError(Exception):
     """An error with a message for the caller."""
+
+    provider_status: ProviderStatus | None = None
+    """Where a remote provider is the reason."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -69,6 +88,7 @@ class ModelNotFound(HeadraceError):
         what = f"model {model!r}" if model else "a default model"
         super().__init__(f"{what} not found; there is {', '.join(map(repr, known)) or 'none for this caller'}")
         self.model = model
+        self.known = known
 
 
 class Unauthenticated(HeadraceError):
@@ -101,6 +121,10 @@ class RateLimited(Overloaded):
     def __init__(self, message: str, *, subject: str, retry_after: float) -> None:
         super().__init__(message, retry_after=retry_after)
         self.subject = subject
+
+
+class ProviderLimited(Overloaded):
+    """The server has had its share at a remote provider; it may be another's turn."""
 
 
 class BudgetHeld(Overloaded):
@@ -177,4 +201,12 @@ class BackendError(HeadraceError):
 
 
 class BackendUnavailable(BackendError):
-    """The backend failed in a way that may pass."""
+    """The backend failed in a way that may pass. ``retry_after`` is in seconds, if it is known."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ProviderRefused(BackendError):
+    """A remote provider refuses the server: its key, its rights, the model that it asks for. The operator's to mend."""

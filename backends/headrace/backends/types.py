@@ -279,6 +279,32 @@ class Scheduling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseCaching:
+    """Whether a stored answer will do, and for how long this one may be stored; the fields are those of the proto's
+    CachePolicy.
+    """
+
+    enabled: bool | None = None
+    """``None``: where the answer is deterministic."""
+    max_age: float | None = None
+    """Seconds since a stored answer was made, at most."""
+    ttl: float | None = None
+    """Seconds for which this answer may be kept, at most."""
+    no_store: bool = False
+    namespace: str = ""
+    """Answers are found by requests of the same namespace alone."""
+
+    def __post_init__(self) -> None:
+        if self.max_age is not None:
+            _check_range("cache.response_max_age", self.max_age, 0, above_low=True, what="seconds")
+        if self.ttl is not None:
+            _check_range("cache.response_ttl", self.ttl, 0, above_low=True, what="seconds")
+        if len(self.namespace) > MAX_NAMESPACE or not self.namespace.isascii() or not self.namespace.isprintable():
+            problem = f"must be at most {MAX_NAMESPACE} printable ASCII characters"
+            raise InvalidArgument("cache.response_namespace", problem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One generation, or with ``scoring`` one scoring instead, as the caller asked for it, checked as far as it can be
     without knowing the model.
@@ -306,6 +332,7 @@ class GenerateRequest:
     """Whether ``max_new_tokens`` may be lowered to what the budget covers."""
     use_prefix_cache: bool = True
     """Whether it may read what earlier requests of its tenant computed, and leave what it computes to later ones."""
+    response_caching: ResponseCaching = field(default_factory=ResponseCaching)
     extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: frozenset[str] = frozenset()
 
@@ -331,6 +358,7 @@ class GenerateRequest:
 
 MAX_CHOICES = 16
 MAX_IDEMPOTENCY_KEY = 128
+MAX_NAMESPACE = 128
 MAX_CANDIDATES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_SEQUENCES = 16
@@ -369,7 +397,8 @@ def _check_count(field_path: str, count: int, most: int) -> None:
 class TopLogprob:
     """One of the likeliest tokens in a place; ``logprob`` is natural."""
 
-    token_id: int
+    token_id: int | None
+    """``None``: a remote provider does not say."""
     token: bytes
     logprob: float
 
@@ -378,7 +407,8 @@ class TopLogprob:
 class TokenLogprob:
     """The log-probability (natural, before any sampling option) of an output token."""
 
-    token_id: int
+    token_id: int | None
+    """``None``: a remote provider does not say."""
     token: bytes
     logprob: float
     top: tuple[TopLogprob, ...] = ()
@@ -514,6 +544,8 @@ class Attempt:
     """One try at one backend. ``outcome`` is ``None`` while it runs; ``usage`` is final once the call has ended."""
 
     backend: str
+    model: str = ""
+    """Name of the model that was tried."""
     price_id: str | None = None
     usage: Usage = field(default_factory=Usage)
     outcome: AttemptOutcome | None = None
@@ -534,6 +566,17 @@ class Cost:
     """Whether it rests on estimated usage."""
 
 
+class CacheStatus(enum.Enum):
+    """Whether a stored answer was given; the names are those of the proto's CacheStatus."""
+
+    BYPASS = 1
+    """The cache was not asked."""
+    MISS = 2
+    """Generated anew."""
+    HIT = 3
+    """A stored answer, or that of an equal request which ran."""
+
+
 @dataclass(slots=True)
 class Meter:
     """What a call has used so far: written by whoever runs it, as it happens; read by anyone, at any time.
@@ -542,6 +585,10 @@ class Meter:
     """
 
     attempts: list[Attempt] = field(default_factory=list)
+    model: str = ""
+    """Name of the model that attempts are made at."""
+    cache: CacheStatus | None = None
+    """``None``: there is no response cache."""
     started: float | None = None
     first_token: float | None = None
     first_answer_token: float | None = None
@@ -563,7 +610,7 @@ class Meter:
 
     def begin(self, backend: str, *, price_id: str | None = None) -> Attempt:
         """Opens an attempt; the backend writes its usage as it happens and its outcome at the end."""
-        attempt = Attempt(backend, price_id)
+        attempt = Attempt(backend, self.model, price_id)
         self.attempts.append(attempt)
         return attempt
 
@@ -619,6 +666,26 @@ class Prompt:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A model that a call can go to, and the call as that model takes it."""
+
+    model: Model
+    extensions: Mapping[str, BaseModel] = field(default_factory=dict)
+    """The request's, in the shapes that the model declares."""
+    prompt: Prompt | None = None
+    candidates: tuple[tuple[int, ...], ...] = ()
+    """For a scoring: the tokens of each candidate, which follow those of the prompt."""
+    max_new_tokens: int = 0
+    """The request's, or the default, within what the context leaves; 0 for a scoring."""
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all candidates."""
+        assert self.prompt is not None
+        return len(self.prompt.token_ids) + sum(map(len, self.candidates))
+
+
 @dataclass(slots=True, kw_only=True)
 class Call:
     """One request on its way through the middleware, which fills in what it finds out.
@@ -632,19 +699,26 @@ class Call:
     deadline: float | None = None
     credentials: Credentials = Credentials()
     principal: Principal = ANONYMOUS
+    targets: tuple[Target, ...] = ()
+    """Set by ``resolve``, filled by ``tokenize``: where it can go, in the order of trying; one, unless it asks for a
+    route."""
+    route: str | None = None
+    """Set by ``resolve``: the name of the route that it asks for, if it is one."""
     model: Model | None = None
-    """Set by ``resolve``."""
+    """Where it is now: this and the next four are those of a target (``enter``)."""
     extensions: Mapping[str, BaseModel] = field(default_factory=dict)
-    """Set by ``resolve``: the request's, in the shapes that the model declares."""
     prompt: Prompt | None = None
-    """Set by ``tokenize``."""
     candidates: tuple[tuple[int, ...], ...] = ()
-    """Set by ``tokenize`` for a scoring: the tokens of each candidate, which follow those of the prompt."""
     max_new_tokens: int = 0
-    """Set by ``tokenize``: the request's, or the default, within what the context leaves; 0 for a scoring."""
     meter: Meter = field(default_factory=Meter)
     is_streamed: bool = False
     """Whether events are handed over as they come; otherwise all of them at the end, or nothing."""
+
+    def enter(self, target: Target) -> None:
+        """Goes to ``target``: attempts are made there from now on."""
+        self.model, self.extensions, self.prompt = target.model, target.extensions, target.prompt
+        self.candidates, self.max_new_tokens = target.candidates, target.max_new_tokens
+        self.meter.model = target.model.card.name
 
     @property
     def num_input_tokens(self) -> int:

@@ -455,12 +455,20 @@ class DeterminismOptions(_message.Message):
     def __init__(self, seed: _Optional[int] = ..., strict: bool = ...) -> None: ...
 
 class CachePolicy(_message.Message):
-    __slots__ = ("prefix", "response")
+    __slots__ = ("prefix", "response", "response_max_age", "response_ttl", "response_no_store", "response_namespace")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_MAX_AGE_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_TTL_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_NO_STORE_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     prefix: CacheMode
     response: CacheMode
-    def __init__(self, prefix: _Optional[_Union[CacheMode, str]] = ..., response: _Optional[_Union[CacheMode, str]] = ...) -> None: ...
+    response_max_age: _duration_pb2.Duration
+    response_ttl: _duration_pb2.Duration
+    response_no_store: bool
+    response_namespace: str
+    def __init__(self, prefix: _Optional[_Union[CacheMode, str]] = ..., response: _Optional[_Union[CacheMode, str]] = ..., response_max_age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., response_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., response_no_store: bool = ..., response_namespace: _Optional[str] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("text", "token_ids")

@@ -27,7 +27,7 @@ from headrace.v1 import accounting_pb2 as headrace_dot_v1_dot_accounting__pb2
 from headrace.v1 import generation_pb2 as headrace_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headrace/v1/models.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cheadrace/v1/accounting.proto\x1a\x1cheadrace/v1/generation.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.headrace.v1.Model\"-\n\x0fGetModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Model\"\xa2\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.headrace.v1.ModelState\x12\x13\n\x06\x64igest\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0c\x61rchitecture\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x19\n\x0cquantization\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x1c\n\x0fparameter_count\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\x14\n\x07license\x18\t \x01(\tH\x04\x88\x01\x01\x12\x34\n\x0c\x63\x61pabilities\x18\n \x01(\x0b\x32\x1e.headrace.v1.ModelCapabilities\x12(\n\x06limits\x18\x0b \x01(\x0b\x32\x18.headrace.v1.ModelLimits\x12\x36\n\x10\x64\x65\x66\x61ult_sampling\x18\x0c \x01(\x0b\x32\x1c.headrace.v1.SamplingOptions\x12\x32\n\x0emeasured_speed\x18\r \x01(\x0b\x32\x1a.headrace.v1.MeasuredSpeed\x12&\n\x05price\x18\x0e \x01(\x0b\x32\x17.headrace.v1.ModelPriceB\t\n\x07_digestB\x0f\n\r_architectureB\x0f\n\r_quantizationB\x12\n\x10_parameter_countB\n\n\x08_license\"{\n\x11ModelCapabilities\x12\x0f\n\x07options\x18\x01 \x03(\t\x12\x38\n\x11\x64\x65terminism_class\x18\x02 \x01(\x0e\x32\x1d.headrace.v1.DeterminismClass\x12\x1b\n\x13\x63ontinuous_batching\x18\x03 \x01(\x08\"\xaa\x01\n\x0bModelLimits\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\x04\x12\x1c\n\x0fvocabulary_size\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05max_n\x18\x03 \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x04 \x01(\r\x12\x18\n\x0bmax_running\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x12\n\x10_vocabulary_sizeB\x0e\n\x0c_max_running\"\x91\x02\n\rMeasuredSpeed\x12&\n\x19prefill_tokens_per_second\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12%\n\x18\x64\x65\x63ode_tokens_per_second\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12:\n\x17time_to_first_token_p50\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17time_to_first_token_p99\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x1c\n\x1a_prefill_tokens_per_secondB\x1b\n\x19_decode_tokens_per_second*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x32\xa6\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.headrace.v1.GetModelRequest\x1a\x1d.headrace.v1.GetModelResponseBe\n\x0eio.headrace.v1B\x0bModelsProtoP\x01Z6github.com/headrace/headrace-go/headrace/v1;headracev1\xaa\x02\x0bHeadrace.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headrace/v1/models.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cheadrace/v1/accounting.proto\x1a\x1cheadrace/v1/generation.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.headrace.v1.Model\"-\n\x0fGetModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Model\"\xf1\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.headrace.v1.ModelState\x12\x13\n\x06\x64igest\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0c\x61rchitecture\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x19\n\x0cquantization\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x1c\n\x0fparameter_count\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\x14\n\x07license\x18\t \x01(\tH\x04\x88\x01\x01\x12\x34\n\x0c\x63\x61pabilities\x18\n \x01(\x0b\x32\x1e.headrace.v1.ModelCapabilities\x12(\n\x06limits\x18\x0b \x01(\x0b\x32\x18.headrace.v1.ModelLimits\x12\x36\n\x10\x64\x65\x66\x61ult_sampling\x18\x0c \x01(\x0b\x32\x1c.headrace.v1.SamplingOptions\x12\x32\n\x0emeasured_speed\x18\r \x01(\x0b\x32\x1a.headrace.v1.MeasuredSpeed\x12&\n\x05price\x18\x0e \x01(\x0b\x32\x17.headrace.v1.ModelPrice\x12)\n\x07targets\x18\x0f \x03(\x0b\x32\x18.headrace.v1.RouteTarget\x12\x15\n\x08provider\x18\x10 \x01(\tH\x05\x88\x01\x01\x42\t\n\x07_digestB\x0f\n\r_architectureB\x0f\n\r_quantizationB\x12\n\x10_parameter_countB\n\n\x08_licenseB\x0b\n\t_provider\"\xb9\x01\n\x0bRouteTarget\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.headrace.v1.RouteTargetState\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x0emeasured_speed\x18\x04 \x01(\x0b\x32\x1a.headrace.v1.MeasuredSpeed\x12\x19\n\x11\x66\x61ilures_in_a_row\x18\x05 \x01(\rB\t\n\x07_weight\"{\n\x11ModelCapabilities\x12\x0f\n\x07options\x18\x01 \x03(\t\x12\x38\n\x11\x64\x65terminism_class\x18\x02 \x01(\x0e\x32\x1d.headrace.v1.DeterminismClass\x12\x1b\n\x13\x63ontinuous_batching\x18\x03 \x01(\x08\"\xaa\x01\n\x0bModelLimits\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\x04\x12\x1c\n\x0fvocabulary_size\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05max_n\x18\x03 \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x04 \x01(\r\x12\x18\n\x0bmax_running\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x12\n\x10_vocabulary_sizeB\x0e\n\x0c_max_running\"\x91\x02\n\rMeasuredSpeed\x12&\n\x19prefill_tokens_per_second\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12%\n\x18\x64\x65\x63ode_tokens_per_second\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12:\n\x17time_to_first_token_p50\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17time_to_first_token_p99\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x1c\n\x1a_prefill_tokens_per_secondB\x1b\n\x19_decode_tokens_per_second*\x9d\x01\n\x10RouteTargetState\x12\"\n\x1eROUTE_TARGET_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aROUTE_TARGET_STATE_HEALTHY\x10\x01\x12#\n\x1fROUTE_TARGET_STATE_COOLING_DOWN\x10\x02\x12 \n\x1cROUTE_TARGET_STATE_UNHEALTHY\x10\x03*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x32\xa6\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.headrace.v1.GetModelRequest\x1a\x1d.headrace.v1.GetModelResponseBe\n\x0eio.headrace.v1B\x0bModelsProtoP\x01Z6github.com/headrace/headrace-go/headrace/v1;headracev1\xaa\x02\x0bHeadrace.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.models_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016io.headrace.v1B\013ModelsProtoP\001Z6github.com/headrace/headrace-go/headrace/v1;headracev1\252\002\013Headrace.V1'
-  _globals['_MODELSTATE']._serialized_start=1437
-  _globals['_MODELSTATE']._serialized_end=1550
+  _globals['_ROUTETARGETSTATE']._serialized_start=1705
+  _globals['_ROUTETARGETSTATE']._serialized_end=1862
+  _globals['_MODELSTATE']._serialized_start=1864
+  _globals['_MODELSTATE']._serialized_end=1977
   _globals['_LISTMODELSREQUEST']._serialized_start=133
   _globals['_LISTMODELSREQUEST']._serialized_end=152
   _globals['_LISTMODELSRESPONSE']._serialized_start=154
@@ -46,13 +48,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=259
   _globals['_GETMODELRESPONSE']._serialized_end=312
   _globals['_MODEL']._serialized_start=315
-  _globals['_MODEL']._serialized_end=861
-  _globals['_MODELCAPABILITIES']._serialized_start=863
-  _globals['_MODELCAPABILITIES']._serialized_end=986
-  _globals['_MODELLIMITS']._serialized_start=989
-  _globals['_MODELLIMITS']._serialized_end=1159
-  _globals['_MEASUREDSPEED']._serialized_start=1162
-  _globals['_MEASUREDSPEED']._serialized_end=1435
-  _globals['_MODELSERVICE']._serialized_start=1553
-  _globals['_MODELSERVICE']._serialized_end=1719
+  _globals['_MODEL']._serialized_end=940
+  _globals['_ROUTETARGET']._serialized_start=943
+  _globals['_ROUTETARGET']._serialized_end=1128
+  _globals['_MODELCAPABILITIES']._serialized_start=1130
+  _globals['_MODELCAPABILITIES']._serialized_end=1253
+  _globals['_MODELLIMITS']._serialized_start=1256
+  _globals['_MODELLIMITS']._serialized_end=1426
+  _globals['_MEASUREDSPEED']._serialized_start=1429
+  _globals['_MEASUREDSPEED']._serialized_end=1702
+  _globals['_MODELSERVICE']._serialized_start=1980
+  _globals['_MODELSERVICE']._serialized_end=2146
 # @@protoc_insertion_point(module_scope)

@@ -12,12 +12,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RouteTargetState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROUTE_TARGET_STATE_UNSPECIFIED: _ClassVar[RouteTargetState]
+    ROUTE_TARGET_STATE_HEALTHY: _ClassVar[RouteTargetState]
+    ROUTE_TARGET_STATE_COOLING_DOWN: _ClassVar[RouteTargetState]
+    ROUTE_TARGET_STATE_UNHEALTHY: _ClassVar[RouteTargetState]
+
 class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
     MODEL_STATE_LOADING: _ClassVar[ModelState]
     MODEL_STATE_READY: _ClassVar[ModelState]
     MODEL_STATE_FAILED: _ClassVar[ModelState]
+ROUTE_TARGET_STATE_UNSPECIFIED: RouteTargetState
+ROUTE_TARGET_STATE_HEALTHY: RouteTargetState
+ROUTE_TARGET_STATE_COOLING_DOWN: RouteTargetState
+ROUTE_TARGET_STATE_UNHEALTHY: RouteTargetState
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_LOADING: ModelState
 MODEL_STATE_READY: ModelState
@@ -46,7 +57,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "is_default", "backend", "state", "digest", "architecture", "quantization", "parameter_count", "license", "capabilities", "limits", "default_sampling", "measured_speed", "price")
+    __slots__ = ("name", "is_default", "backend", "state", "digest", "architecture", "quantization", "parameter_count", "license", "capabilities", "limits", "default_sampling", "measured_speed", "price", "targets", "provider")
     NAME_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +72,8 @@ class Model(_message.Message):
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MEASURED_SPEED_FIELD_NUMBER: _ClassVar[int]
     PRICE_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
     name: str
     is_default: bool
     backend: str
@@ -75,7 +88,23 @@ class Model(_message.Message):
     default_sampling: _generation_pb2.SamplingOptions
     measured_speed: MeasuredSpeed
     price: _accounting_pb2.ModelPrice
-    def __init__(self, name: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., digest: _Optional[str] = ..., architecture: _Optional[str] = ..., quantization: _Optional[str] = ..., parameter_count: _Optional[int] = ..., license: _Optional[str] = ..., capabilities: _Optional[_Union[ModelCapabilities, _Mapping]] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., default_sampling: _Optional[_Union[_generation_pb2.SamplingOptions, _Mapping]] = ..., measured_speed: _Optional[_Union[MeasuredSpeed, _Mapping]] = ..., price: _Optional[_Union[_accounting_pb2.ModelPrice, _Mapping]] = ...) -> None: ...
+    targets: _containers.RepeatedCompositeFieldContainer[RouteTarget]
+    provider: str
+    def __init__(self, name: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., digest: _Optional[str] = ..., architecture: _Optional[str] = ..., quantization: _Optional[str] = ..., parameter_count: _Optional[int] = ..., license: _Optional[str] = ..., capabilities: _Optional[_Union[ModelCapabilities, _Mapping]] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., default_sampling: _Optional[_Union[_generation_pb2.SamplingOptions, _Mapping]] = ..., measured_speed: _Optional[_Union[MeasuredSpeed, _Mapping]] = ..., price: _Optional[_Union[_accounting_pb2.ModelPrice, _Mapping]] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ..., provider: _Optional[str] = ...) -> None: ...
+
+class RouteTarget(_message.Message):
+    __slots__ = ("model", "state", "weight", "measured_speed", "failures_in_a_row")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_SPEED_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_IN_A_ROW_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    state: RouteTargetState
+    weight: float
+    measured_speed: MeasuredSpeed
+    failures_in_a_row: int
+    def __init__(self, model: _Optional[str] = ..., state: _Optional[_Union[RouteTargetState, str]] = ..., weight: _Optional[float] = ..., measured_speed: _Optional[_Union[MeasuredSpeed, _Mapping]] = ..., failures_in_a_row: _Optional[int] = ...) -> None: ...
 
 class ModelCapabilities(_message.Message):
     __slots__ = ("options", "determinism_class", "continuous_batching")

@@ -77,13 +77,15 @@ class Timings(_message.Message):
     def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., output_tokens_per_second: _Optional[float] = ..., time_to_first_answer_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Attempt(_message.Message):
-    __slots__ = ("backend", "price_id", "usage", "outcome")
+    __slots__ = ("backend", "price_id", "usage", "outcome", "model")
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     PRICE_ID_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     backend: str
     price_id: str
     usage: Usage
     outcome: AttemptOutcome
-    def __init__(self, backend: _Optional[str] = ..., price_id: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., outcome: _Optional[_Union[AttemptOutcome, str]] = ...) -> None: ...
+    model: str
+    def __init__(self, backend: _Optional[str] = ..., price_id: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., outcome: _Optional[_Union[AttemptOutcome, str]] = ..., model: _Optional[str] = ...) -> None: ...

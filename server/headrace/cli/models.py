@@ -10,7 +10,7 @@ from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.models_build import build
 from headrace.cli.models_evaluate import evaluate
 from headrace.cli.output import short_count, shown_money, write_json, write_table
-from headrace.client import MeasuredSpeed, Model
+from headrace.client import MeasuredSpeed, Model, RouteTarget
 
 
 @click.group()
@@ -50,29 +50,32 @@ def show(name: str | None, as_json: bool, connection: Connection) -> None:
         write_json(model)
         return
     for label, text in _facts(model).items():
-        if text:
-            click.echo(f"{click.style(f'{label:<16}', dim=True)}{text}")
+        for line in text.splitlines():
+            click.echo(f"{click.style(f'{label:<16}', dim=True)}{line}")
+            label = ""
 
 
 def _write_models(found: Sequence[Model]) -> None:
     """What nothing is known of, of any model, has no column."""
-    head = (*_HEAD, *_MEASURED)
-    rows = [(*_row(model), *_measured(model)) for model in found]
+    head = (*_HEAD, *_IF_KNOWN)
+    rows = [(*_row(model), *_if_known(model)) for model in found]
     shown = [i for i, title in enumerate(head) if title in _HEAD or any(row[i] != "-" for row in rows)]
     write_table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 _HEAD = ("MODEL", "STATE", "BACKEND", "PARAMETERS", "WEIGHTS", "CONTEXT", "DETERMINISM", "LICENSE")
-_MEASURED = ("TOKENS/S", "FIRST TOKEN p50/p99", "PRICE in/out")
+_IF_KNOWN = ("PROVIDER", "TOKENS/S", "FIRST TOKEN p50/p99", "PRICE in/out", "LEADS TO")
 
 
-def _measured(model: Model) -> tuple[str, ...]:
+def _if_known(model: Model) -> tuple[str, ...]:
     speed, price = model.measured_speed, model.price
     decode = speed.decode_tokens_per_second if speed else None
     return (
+        model.provider or "-",
         "-" if decode is None else f"{decode:.0f}",
         _first_token(speed) or "-",
         f"{shown_money(price.input)} / {shown_money(price.output, price.currency)}" if price else "-",
+        ", ".join(target.model for target in model.targets) or "-",
     )
 
 
@@ -112,6 +115,8 @@ def _facts(model: Model) -> dict[str, str]:
         "name": f"{model.name} (default)" if model.is_default else model.name,
         "state": model.state or "",
         "backend": model.backend,
+        "provider": model.provider or "",
+        "leads to": "\n".join(map(_target, model.targets)),
         "architecture": model.architecture or "",
         "parameters": short_count(model.parameter_count) if model.parameter_count else "",
         "weights": model.quantization or "",
@@ -131,6 +136,18 @@ def _facts(model: Model) -> dict[str, str]:
         ),
         "options": ", ".join(model.capabilities.options),
     }
+
+
+def _target(target: RouteTarget) -> str:
+    speed, failures = target.measured_speed, target.failures_in_a_row
+    parts = (
+        (target.state or "").replace("_", " "),
+        "" if target.weight is None else f"weight {target.weight:g}",
+        _speed(speed.decode_tokens_per_second) if speed else "",
+        _first_token(speed),
+        f"{failures} failures in a row" if failures > 1 else "",
+    )
+    return f"{target.model} ({', '.join(filter(None, parts))})"
 
 
 def _determinism(model: Model) -> str:

@@ -13,6 +13,9 @@ from headrace.server.config import Settings
 
 _NO_FLAGS = {
     "draft_models",
+    "routes",
+    "retries",
+    "breaker",
     "plans",
     "backends",
     "authenticators",

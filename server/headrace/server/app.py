@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,8 @@ from typing import TypeVar
 
 import structlog
 
-from headrace.backends.api import Backend, DeterminismClass, ModelCard
-from headrace.backends.components import Middleware, Place
+from headrace.backends.api import Backend, DeterminismClass, Model, ModelCard
+from headrace.backends.components import Middleware, Place, Price
 from headrace.backends.price_book import cost_guide
 from headrace.backends.types import Call, Events, Handler, Principal, Sampling
 from headrace.server import components
@@ -24,10 +25,11 @@ from headrace.server.accounting.event_targets import parse_target
 from headrace.server.accounting.expectations import Expectations
 from headrace.server.accounting.exports import UsageEvents
 from headrace.server.accounting.ledger import Ledger
-from headrace.server.accounting.prices import Prices
+from headrace.server.accounting.prices import Priced, Prices
 from headrace.server.config import Authentication, Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.middleware.accounting import account
+from headrace.server.middleware.attempts import attempt
 from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, KeyAuthenticator, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
 from headrace.server.middleware.entitlements import entitle
@@ -38,7 +40,10 @@ from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.tokenize import tokenize
 from headrace.server.plugins import Plugin, load_plugins
 from headrace.server.registry import ModelRegistry, ModelState, Served
-from headrace.server.rpc.application import ServedModel
+from headrace.server.routing.breaker import State
+from headrace.server.routing.router import Router
+from headrace.server.routing.routes import check_routes
+from headrace.server.rpc.application import ServedModel, ServedTarget
 
 T = TypeVar("T")
 
@@ -54,11 +59,12 @@ class App:
         authenticator: Authenticates | None = None,
         clock: Callable[[], float] = time.monotonic,
         time_of_day: Clock | None = None,
+        number: Callable[[], float] = random.random,
     ) -> None:
         """Loads plugins and checks their settings; raises PluginError or SettingsError. ``load`` loads models.
 
         ``ledger`` is that of the settings, if calls are to run (``opened_ledger``). ``authenticator`` stands in for one
-        of the settings.
+        of the settings. ``number`` draws from 0 to below 1, for routes by weight and for waits.
         """
         _check_ledger(settings)
         self.settings = settings
@@ -83,7 +89,18 @@ class App:
         prices = Prices(
             components.make_price_sources(settings, self.plugins), cost_guide(), currency=settings.currency, clock=now
         )
+        self.router = Router(
+            self.registry,
+            settings.routes,
+            breaker=settings.breaker,
+            default=settings.default_model,
+            strict=settings.strict,
+            price_of=lambda model: _price_of(model, prices, now),
+            clock=clock,
+            number=number,
+        )
         backend = components.wrap(self.registry.run, middleware[Place.BACKEND])
+        backend = attempt(backend, router=self.router, retries=settings.retries, clock=clock, number=number)
         self._prepare = self._preparing(middleware[Place.REQUEST])
         self._instead: ContextVar[Handler | None] = ContextVar("instead", default=None)
         """What the current task does with a call once it is prepared, if that is not to run it."""
@@ -126,11 +143,11 @@ class App:
         """Makes a generation ready to run: what the caller may ask for, its model, its tokens. Then runs it."""
         handler = tokenize(
             self._prepared_call,
-            registry=self.registry,
+            router=self.router,
             executor=self._executor,
             default_max_new_tokens=self.settings.default_max_new_tokens,
         )
-        handler = resolve(handler, registry=self.registry, strict=self.settings.strict)
+        handler = resolve(handler, router=self.router)
         handler = entitle(handler)
         return components.wrap(handler, middleware)
 
@@ -157,7 +174,7 @@ class App:
         """
         handler = inner
         if resolve_model:
-            handler = self._limits.limit(resolve(handler, registry=self.registry), streams=False)
+            handler = self._limits.limit(resolve(handler, router=self.router, to_run=False), streams=False)
         handler = authenticate(handler, authenticator=self._authenticator, accounts=self.accounting.accounts)
         return self._ceiling.limit(handler)
 
@@ -173,7 +190,12 @@ class App:
         wanted, default = self.settings.models, self.settings.default_model
         _check_names("models", wanted or (), offers)
         offers = [offer for offer in offers if wanted is None or offer[1].name in wanted]
-        _check_names("default_model", () if default is None else (default,), offers)
+        if default not in self.settings.routes:
+            _check_names("default_model", () if default is None else (default,), offers)
+        try:
+            check_routes(self.settings.routes, [card.name for _, card in offers])
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
         owners: dict[str, str] = {}
         for backend, card in offers:
             if card.name in owners:
@@ -203,7 +225,12 @@ class App:
         await self.accounting.accounts.start()
         if self._usage_events is not None:
             self._usage_events.start()
-        await self.registry.load(offers, default=self.settings.default_model, draft_models=self._draft_models(offers))
+        default = self.settings.default_model
+        await self.registry.load(
+            offers,
+            default=None if default in self.settings.routes else default,
+            draft_models=self._draft_models(offers),
+        )
         for served in self.registry:
             if self.settings.strict and served.model and served.model.determinism is not DeterminismClass.STRICT:
                 structlog.get_logger("headrace.models").warning(
@@ -225,8 +252,41 @@ class App:
         return 0 if self._usage_events is None else self._usage_events.lag
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:
-        default = self.registry.default_for(principal.models)
-        return [_describe(served, default) for served in self.registry.offered(principal.models)]
+        default = self.router.default_for(principal.models)
+        models = [_describe(served, default) for served in self.registry.offered(principal.models)]
+        return models + [self._describe_route(name, default) for name in self.router.names(principal.models)]
+
+    def _describe_route(self, name: str, default: str | None) -> ServedModel:
+        """As a model that can do what one of its targets can, whatever a call then finds there."""
+        targets = self.router.targets(name)
+        models = [_describe(target.served, None) for target in targets]
+        states = {model.state for model in models if model.state is not ModelState.FAILED}
+        state = ModelState.FAILED
+        if self.router.problem(name) is None:
+            state = ModelState.READY
+        elif ModelState.LOADING in states:
+            state = ModelState.LOADING
+        return ServedModel(
+            card=ModelCard(name=name, context_length=max(model.card.context_length for model in models)),
+            backend="route",
+            state=state,
+            is_default=name == default,
+            determinism=min(model.determinism for model in models),
+            options=frozenset[str]().union(*(model.options for model in models)),
+            max_n=max(model.max_n for model in models),
+            max_top_logprobs=max(model.max_top_logprobs for model in models),
+            continuous_batching=all(model.continuous_batching for model in models),
+            targets=tuple(
+                ServedTarget(
+                    model=model,
+                    weight=(target.options.weight or 1.0) if self.router.is_weighted(name) else None,
+                    is_healthy=target.served.problem() is None,
+                    is_cooling_down=target.state is State.OPEN,
+                    failures_in_a_row=target.failures_in_a_row,
+                )
+                for model, target in zip(models, targets, strict=True)
+            ),
+        )
 
     async def run_blocking(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -299,6 +359,10 @@ def _check_names(setting: str, names: Sequence[str], offers: Sequence[tuple[Back
     for name in names:
         if name not in there:
             raise SettingsError(f"{setting}: no model {name!r}; there is {', '.join(there) or 'none'}")
+
+
+def _price_of(model: Model, prices: Prices, now: Clock) -> Price | None:
+    return prices.price(Priced.of(model.backend, model.card), now())
 
 
 def _describe(served: Served, default: str | None) -> ServedModel:

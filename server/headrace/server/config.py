@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from headrace.backends.paths import default_models_dir, default_state_dir
 from headrace.server.accounting.event_targets import parse_target
 from headrace.server.accounting.plans import Limits
+from headrace.server.routing.routes import BreakerOptions, RetryOptions, RouteOptions
 
 
 class SettingsError(Exception):
@@ -119,6 +120,15 @@ class Settings(BaseSettings):
     draft_models: dict[str, str] = Field(
         default_factory=dict, description="What guesses for a model, by its name: [draft_models] large = 'small'."
     )
+    routes: dict[str, RouteOptions] = Field(
+        default_factory=dict, description="Names that lead to models, in order or by weight: [routes.NAME]."
+    )
+    retries: RetryOptions = Field(
+        default_factory=RetryOptions, description="Further tries at a model, before anything was answered: [retries]."
+    )
+    breaker: BreakerOptions = Field(
+        default_factory=BreakerOptions, description="When a model of a route is left alone for a while: [breaker]."
+    )
     max_grammar_bytes: int = Field(
         64 * 2**20, ge=0, description="Size of the compiled output formats that are kept of each model, about."
     )
@@ -191,6 +201,13 @@ class Settings(BaseSettings):
     def _none(cls, value: Any) -> Any:
         """TOML has no null."""
         return None if value == "none" else value
+
+    @field_validator("routes")
+    @classmethod
+    def _route_names(cls, routes: dict[str, RouteOptions]) -> dict[str, RouteOptions]:
+        if wrong := routes.keys() & {"", "none"}:
+            raise ValueError(f"a route cannot have the name {wrong.pop()!r}")
+        return routes
 
     @field_validator("plans")
     @classmethod

@@ -7,14 +7,15 @@ that calls were resolved to, never names that callers made up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from headrace.backends.types import Call
@@ -51,6 +52,40 @@ class _CountersElsewhere(Collector):
         for model, source in list(self.sources.items()):
             family.add_metric((model,), source())
         yield family
+
+
+class _Routing(Collector):
+    """What routing has counted, and its circuit breakers, asked at each scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.tries: Mapping[tuple[str, str, str], int] = {}
+        self.fallbacks: Mapping[tuple[str, str], int] = {}
+        self.states: Callable[[], Iterable[tuple[str, str, enum.Enum]]] = tuple
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        tries = CounterMetricFamily(
+            "headrace_attempts",
+            "Tries of calls at models; route is empty where a model was asked for by its own name. outcome: completed,"
+            " failed, or given_up for those that say nothing of the model, such as cancels.",
+            labels=("route", "model", "outcome"),
+        )
+        for labels, count in list(self.tries.items()):
+            tries.add_metric(labels, count)
+        fallbacks = CounterMetricFamily(
+            "headrace_fallbacks", "Calls that left a model for the next of their route.", labels=("route", "model")
+        )
+        for left, count in list(self.fallbacks.items()):
+            fallbacks.add_metric(left, count)
+        states = GaugeMetricFamily(
+            "headrace_circuit_breaker",
+            "Whether calls of a route are let through to a model: 1 for the state that holds. half_open: one call is.",
+            labels=("route", "model", "state"),
+        )
+        for route, model, state in self.states():
+            for one in type(state):
+                states.add_metric((route, model, one.value), one is state)
+        yield from (tries, fallbacks, states)
 
 
 class Metrics:
@@ -144,6 +179,8 @@ class Metrics:
             "headrace_preemptions", "Times that a generation gave way to a more urgent one, to go on later.", registry
         )
 
+        self._routing = _Routing(registry)
+
     def rpc_started(self, method: str) -> None:
         self._rpcs_started.labels(method).inc()
 
@@ -180,6 +217,18 @@ class Metrics:
         """Sets where the ledger's gauges come from; the functions are called as those of ``observe_engine``."""
         self._open_holds.set_function(open_holds)
         self._unsent_events.set_function(unsent_events)
+
+    def observe_routes(
+        self,
+        *,
+        tries: Mapping[tuple[str, str, str], int],
+        fallbacks: Mapping[tuple[str, str], int],
+        states: Callable[[], Iterable[tuple[str, str, enum.Enum]]],
+    ) -> None:
+        """Sets where the metrics of routing come from: by route, model and outcome; by route and the model that was
+        left; and by route and model the state of its circuit breaker. They are read as those of ``observe_engine``.
+        """
+        self._routing.tries, self._routing.fallbacks, self._routing.states = tries, fallbacks, states
 
     def observe_engine(
         self,

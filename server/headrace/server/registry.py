@@ -61,6 +61,17 @@ class Served:
         except Exception as error:  # noqa: BLE001  # a plugin may raise anything
             return f"{type(error).__name__}: {error}"
 
+    def ready(self) -> Model:
+        """The model, if it can serve. Raises Loading or BackendUnavailable."""
+        name = self.card.name
+        if self.state is ModelState.LOADING:
+            raise Loading(name)
+        if self.state is ModelState.FAILED or self.model is None:
+            raise BackendUnavailable(f"model {name!r} could not be loaded")
+        if self.problem() is not None:
+            raise BackendUnavailable(f"model {name!r} cannot serve now; try again")
+        return self.model
+
     @property
     def max_tokens(self) -> int:
         """Tokens of prompt and output that one choice can have."""
@@ -139,16 +150,16 @@ class ModelRegistry:
         """The model of that name, ready to serve; the default for ``None``. For a caller who may use ``models`` there
         are no others.
         """
+        served = self.look_up(name, models)
+        served.ready()
+        return served
+
+    def look_up(self, name: str | None, models: frozenset[str] | None = None) -> Served:
+        """As ``find``, whatever its state. Raises ModelNotFound."""
         offered = {served.card.name: served for served in self.offered(models)}
         served = offered.get(name or self.default_for(models) or "")
         if served is None:
             raise ModelNotFound(name or "", tuple(offered))
-        if served.state is ModelState.LOADING:
-            raise Loading(served.card.name)
-        if served.state is ModelState.FAILED:
-            raise BackendUnavailable(f"model {served.card.name!r} could not be loaded")
-        if served.problem() is not None:
-            raise BackendUnavailable(f"model {served.card.name!r} cannot serve now; try again")
         return served
 
     async def run(self, call: Call) -> Events:

@@ -187,26 +187,36 @@ def _announce(app: App, server: RunningServer, metrics: Metrics) -> None:
         server.health.set_model_serving(served.card.name, served.problem() is None)
         if served.engine:
             _observe(served.engine, metrics)
+    for route in app.router.names(None):
+        server.health.set_model_serving(route, app.router.problem(route) is None)
+    metrics.observe_routes(tries=app.router.tries, fallbacks=app.router.fallbacks, states=app.router.states)
     server.set_serving(any(served.problem() is None for served in app.registry))
 
 
 async def _watch(app: App, server: RunningServer) -> None:
     """Asks the models how they are, and tells health checks and the log what has changed."""
     log = structlog.get_logger("headrace.models")
-    seen = {served.card.name: served.problem() for served in app.registry}
+    seen = dict(_problems(app))
     while True:
         await asyncio.sleep(_WATCH_SECONDS)
-        for served in app.registry:
-            name, problem = served.card.name, served.problem()
+        for name, problem in _problems(app):
             if problem == seen[name]:
                 continue
             seen[name] = problem
             server.health.set_model_serving(name, problem is None)
-            server.set_serving(None in seen.values())
+            server.set_serving(any(served.problem() is None for served in app.registry))
             if problem is None:
                 log.info("model_recovered", model=name)
             else:
                 log.warning("model_unhealthy", model=name, problem=problem)
+
+
+def _problems(app: App) -> Iterator[tuple[str, str | None]]:
+    """Of each model, and of each route none of whose models serves."""
+    for served in app.registry:
+        yield served.card.name, served.problem()
+    for route in app.router.names(None):
+        yield route, app.router.problem(route)
 
 
 def _observe(engine: Engine, metrics: Metrics) -> None:

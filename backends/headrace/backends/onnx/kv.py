@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -160,7 +161,9 @@ class KvMemory:
     def close(self) -> None:
         """Unmaps the memory. No session may be using it."""
         del self._cells, self._planes
-        self._map.close()
+        # While an error is on its way out of a step, its frames may hold a view; the memory then goes with them.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 def _tokens_in_pages(token_bytes: int, other: int = 1) -> int:

@@ -248,10 +248,10 @@ class StreamReader:
     def _delta(self, delta: public.Delta) -> types.Delta:
         logprobs = tuple(
             types.TokenLogprob(
-                entry.token_id,
+                _optional(entry, "token_id"),
                 entry.token,
                 entry.logprob,
-                tuple(types.TopLogprob(top.token_id, top.token, top.logprob) for top in entry.top),
+                tuple(types.TopLogprob(_optional(top, "token_id"), top.token, top.logprob) for top in entry.top),
             )
             for entry in delta.logprobs
         )
@@ -279,6 +279,10 @@ class StreamReader:
             _REASONS[finish.reason],
             **{name: getattr(finish, name) for name in given if finish.HasField(name)},
         )
+
+
+def _optional(message: public.TokenLogprob | public.TopLogprob, name: str) -> int | None:
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def _broken(what: str) -> BackendError:

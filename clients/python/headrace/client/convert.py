@@ -103,6 +103,7 @@ def report(message: generation_pb2.GenerationReport) -> types.Report:
         attempts=tuple(
             types.Attempt(
                 backend=attempt.backend,
+                model=attempt.model,
                 price_id=optional(attempt, "price_id"),
                 usage=usage(attempt.usage),
                 outcome=named(types.AttemptOutcome, attempt, "outcome"),
@@ -201,6 +202,18 @@ def model(message: models_pb2.Model) -> types.Model:
         default_sampling=_sampling(message.default_sampling),
         measured_speed=_speed(message.measured_speed) if message.HasField("measured_speed") else None,
         price=price(message.price) if message.HasField("price") else None,
+        targets=tuple(map(_route_target, message.targets)),
+        provider=optional(message, "provider"),
+    )
+
+
+def _route_target(message: models_pb2.RouteTarget) -> types.RouteTarget:
+    return types.RouteTarget(
+        model=message.model,
+        state=named(types.RouteTargetState, message, "state"),
+        weight=optional(message, "weight"),
+        measured_speed=_speed(message.measured_speed) if message.HasField("measured_speed") else None,
+        failures_in_a_row=message.failures_in_a_row,
     )
 
 
@@ -261,7 +274,7 @@ def cost(message: usage_pb2.Cost) -> types.Cost:
 
 def _token_logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
     return types.TokenLogprob(
-        token_id=message.token_id,
+        token_id=optional(message, "token_id"),
         token=message.token,
         logprob=message.logprob,
         top=tuple(map(_top_logprob, message.top)),
@@ -269,7 +282,7 @@ def _token_logprob(message: generation_pb2.TokenLogprob) -> types.TokenLogprob:
 
 
 def _top_logprob(message: generation_pb2.TopLogprob) -> types.TopLogprob:
-    return types.TopLogprob(token_id=message.token_id, token=message.token, logprob=message.logprob)
+    return types.TopLogprob(token_id=optional(message, "token_id"), token=message.token, logprob=message.logprob)
 
 
 def optional(message: ProtoMessage, field: str) -> Any:

@@ -101,6 +101,14 @@ class ModelState(enum.StrEnum):
     FAILED = "failed"
 
 
+class RouteTargetState(enum.StrEnum):
+    """Whether calls are sent to a model of a route."""
+
+    HEALTHY = "healthy"
+    COOLING_DOWN = "cooling_down"
+    UNHEALTHY = "unhealthy"
+
+
 class Health(enum.StrEnum):
     """Whether a server, or one of its services, can serve (grpc.health.v1)."""
 
@@ -232,6 +240,7 @@ class Attempt:
     price_id: str | None = None
     usage: Usage
     outcome: AttemptOutcome | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,18 +261,20 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopLogprob:
-    """One of the likeliest tokens in a place; ``logprob`` is natural."""
+    """One of the likeliest tokens in a place; ``logprob`` is natural. ``token_id`` is ``None`` where a remote provider
+    does not say it.
+    """
 
-    token_id: int
+    token_id: int | None
     token: bytes
     logprob: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """The log-probability (natural) of an output token."""
+    """The log-probability (natural) of an output token. ``token_id`` is ``None`` where a remote provider does not say it."""
 
-    token_id: int
+    token_id: int | None
     token: bytes
     logprob: float
     top: tuple[TopLogprob, ...] = ()
@@ -500,6 +511,17 @@ class MeasuredSpeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouteTarget:
+    """A model that a route leads to. ``weight`` is ``None`` where the route tries its models in order."""
+
+    model: str
+    state: RouteTargetState | None
+    weight: float | None
+    measured_speed: MeasuredSpeed | None
+    failures_in_a_row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPrice:
     """What a model's tokens cost, for a million of them: in billionths of the currency's unit, and as a ``Decimal`` in
     that unit. Input of a kind that has no price of its own costs as other input.
@@ -536,7 +558,9 @@ class ModelPrice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model that a server offers."""
+    """A model that a server offers, or a route, which leads to others: its ``targets``. ``provider`` is whose a remote
+    model is.
+    """
 
     name: str
     is_default: bool
@@ -552,3 +576,5 @@ class Model:
     default_sampling: SamplingDefaults
     measured_speed: MeasuredSpeed | None
     price: ModelPrice | None = None
+    targets: tuple[RouteTarget, ...] = ()
+    provider: str | None = None

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from headrace.backends.errors import BudgetHeld, BudgetSpent
 from headrace.server.accounting.charges import WorstCase
@@ -26,6 +27,27 @@ class Balance:
     held_tokens: int = 0
 
 
+Allowances = Sequence[tuple[Account, Allowance]]
+
+
+class Need(Protocol):
+    """What has to fit."""
+
+    @property
+    def nanos(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+def check(allowances: Allowances, balances: Sequence[Balance], need: Need, *, month: str, currency: str) -> None:
+    """Raises BudgetSpent or BudgetHeld unless ``posted + held + need <= limit`` for money and tokens of each allowance,
+    whose balances are given in their order.
+    """
+    if not _fits(allowances, balances, need.nanos, need.tokens):
+        raise _refusal(allowances, balances, need, month, currency)
+
+
 def admit(
     request: HoldRequest, balances: Sequence[Balance], *, month: str, currency: str
 ) -> tuple[WorstCase, tuple[Account, ...]]:
@@ -37,7 +59,7 @@ def admit(
     """
     worst_case = request.worst_case
     nanos, tokens = worst_case.nanos, worst_case.tokens
-    if not _fits(request, balances, nanos, tokens):
+    if not _fits(request.allowances, balances, nanos, tokens):
         worst_case = _lowered(request, balances, month, currency)
         nanos, tokens = worst_case.nanos, worst_case.tokens
     exceeded = tuple(
@@ -53,14 +75,14 @@ def _lowered(request: HoldRequest, balances: Sequence[Balance], month: str, curr
     """The worst case of the most new tokens that fit, where not all do."""
     whole, least = request.worst_case, request.least_new_tokens
     if least is None or least >= whole.max_new_tokens:
-        raise _refusal(request, balances, whole, month, currency)
+        raise _refusal(request.allowances, balances, whole, month, currency)
 
     def is_too_long(length: int) -> bool:
         tried = replace(whole, max_new_tokens=length)
-        return not _fits(request, balances, tried.nanos, tried.tokens)
+        return not _fits(request.allowances, balances, tried.nanos, tried.tokens)
 
     if is_too_long(least):
-        raise _refusal(request, balances, replace(whole, max_new_tokens=least), month, currency)
+        raise _refusal(request.allowances, balances, replace(whole, max_new_tokens=least), month, currency)
     # What a worst case takes never falls with its tokens, so the first that does not fit ends those that do.
     lengths = range(least, whole.max_new_tokens + 1)
     return replace(whole, max_new_tokens=lengths[bisect_left(lengths, True, key=is_too_long) - 1])
@@ -70,8 +92,8 @@ def _beyond(limit: int | None, used: int) -> bool:
     return limit is not None and used > limit
 
 
-def _fits(request: HoldRequest, balances: Sequence[Balance], nanos: int, tokens: int) -> bool:
-    for (_, allowance), balance in zip(request.allowances, balances, strict=True):
+def _fits(allowances: Allowances, balances: Sequence[Balance], nanos: int, tokens: int) -> bool:
+    for (_, allowance), balance in zip(allowances, balances, strict=True):
         if _beyond(allowance.nanos, balance.posted_nanos + balance.held_nanos + nanos) or _beyond(
             allowance.tokens, balance.posted_tokens + balance.held_tokens + tokens
         ):
@@ -80,27 +102,27 @@ def _fits(request: HoldRequest, balances: Sequence[Balance], nanos: int, tokens:
 
 
 def _refusal(
-    request: HoldRequest, balances: Sequence[Balance], worst_case: WorstCase, month: str, currency: str
+    allowances: Allowances, balances: Sequence[Balance], need: Need, month: str, currency: str
 ) -> BudgetSpent | BudgetHeld:
     """Why it does not fit. What would stay so without other calls' holds comes first."""
     held: BudgetHeld | None = None
-    for (account, allowance), balance in zip(request.allowances, balances, strict=True):
-        for limit, posted, others, need, money in _sides(allowance, balance, worst_case):
-            if limit is None or posted + others + need <= limit:
+    for (account, allowance), balance in zip(allowances, balances, strict=True):
+        for limit, posted, others, needed, money in _sides(allowance, balance, need):
+            if limit is None or posted + others + needed <= limit:
                 continue
             unit = currency if money else "tokens"
             whose = f"the monthly budget of {account.subject}"
-            needed = f"this call could need {_amount(need, money)} {unit}"
-            if posted + need > limit:
+            could_need = f"this call could need {_amount(needed, money)} {unit}"
+            if posted + needed > limit:
                 ends = datetime.fromtimestamp(month_end(month) // 10**9, UTC)
                 return BudgetSpent(
-                    f"{whose} has {_amount(max(limit - posted, 0), money)} {unit} left, and {needed}; "
+                    f"{whose} has {_amount(max(limit - posted, 0), money)} {unit} left, and {could_need}; "
                     f"the month ends at {ends:%Y-%m-%dT%H:%M:%SZ}",
                     subject=account.subject,
                 )
             held = held or BudgetHeld(
                 f"{whose} has {_amount(limit - posted, money)} {unit} left, of which {_amount(others, money)} are held "
-                f"for calls that run, and {needed}; try again when some have ended",
+                f"for calls that run, and {could_need}; try again when some have ended",
                 subject=account.subject,
                 retry_after=RETRY_SECONDS,
             )
@@ -108,13 +130,11 @@ def _refusal(
     return held
 
 
-def _sides(
-    allowance: Allowance, balance: Balance, worst_case: WorstCase
-) -> tuple[tuple[int | None, int, int, int, bool], ...]:
+def _sides(allowance: Allowance, balance: Balance, need: Need) -> tuple[tuple[int | None, int, int, int, bool], ...]:
     """Of money, then of tokens: the limit, what is posted, what is held, what is needed, whether it is money."""
     return (
-        (allowance.nanos, balance.posted_nanos, balance.held_nanos, worst_case.nanos, True),
-        (allowance.tokens, balance.posted_tokens, balance.held_tokens, worst_case.tokens, False),
+        (allowance.nanos, balance.posted_nanos, balance.held_nanos, need.nanos, True),
+        (allowance.tokens, balance.posted_tokens, balance.held_tokens, need.tokens, False),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter
 
 from headrace.backends.api import DeterminismClass, ModelCard, Tokenizer
 from headrace.backends.types import (
@@ -86,6 +86,8 @@ class Answer:
     cost: Cost | None = None
     counts_sent: bool = False
     """Whether it was counted what of it was sent; a replay counts anew."""
+    route: str | None = None
+    """The one that the call asked for, if it did."""
 
 
 def answer_of(call: Call, events: Sequence[AnswerEvent]) -> Answer:
@@ -100,6 +102,7 @@ def answer_of(call: Call, events: Sequence[AnswerEvent]) -> Answer:
         attempts=call.meter.attempts,
         cost=call.meter.cost,
         counts_sent=call.meter.sent_output_tokens is not None,
+        route=call.route,
     )
 
 
@@ -128,13 +131,19 @@ def encode(answer: Answer) -> bytes:
     return _FORMAT + zlib.compress(_ANSWERS.dump_json([answer], exclude_defaults=True), _COMPRESSION_LEVEL)
 
 
-def decode(data: bytes) -> Answer | None:
-    """Exactly what was encoded; ``None`` for what another version of this program wrote."""
+def decode(data: bytes, *, max_bytes: int = 0) -> Answer | None:
+    """Exactly what was encoded; ``None`` for what another version of this program wrote, or has more than ``max_bytes``
+    when it is unpacked (0: no limit).
+    """
     if data[:1] != _FORMAT:
         return None
+    unpacking = zlib.decompressobj()
     try:
-        [answer] = _ANSWERS.validate_json(zlib.decompress(data[1:]))
-    except (ValidationError, zlib.error):
+        text = unpacking.decompress(data[1:], max_bytes)
+        if not unpacking.eof:
+            return None
+        [answer] = _ANSWERS.validate_json(text)
+    except (ValueError, zlib.error):  # ValidationError is one, and so is a list of another length
         return None
     return answer
 
@@ -143,11 +152,11 @@ def digest(request: GenerateRequest) -> bytes:
     """SHA-256: the same for equal requests alone, whatever their keys, in every process. Takes some milliseconds for a
     long one.
     """
-    text = json.dumps([_DIGEST_VERSION, request], default=_plain, sort_keys=True, separators=(",", ":"))
+    text = json.dumps([_DIGEST_VERSION, request], default=plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON knows, for something that it does not. Names of types tell alike things apart."""
     if isinstance(value, enum.Enum):
         return value.name

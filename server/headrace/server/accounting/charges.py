@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from headrace.backends.components import Price
 from headrace.backends.types import Attempt, AttemptOutcome, Cost, Usage
@@ -53,18 +53,59 @@ def charge_nanos(usage: Usage, price: Price) -> int:
     )
 
 
-def billed_nanos(attempts: Sequence[Attempt], price: Price) -> int:
-    """What attempts cost together, as far as they are billed."""
-    return sum(charge_nanos(attempt.usage, price) for attempt in attempts if is_billed(attempt))
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The prices of a call, by the name of the model that an attempt is made at. Of a model that is not there nobody
+    has a price.
+    """
+
+    charged: Mapping[str, Price]
+    """What the tenant pays."""
+    costs: Mapping[str, Price] = field(default_factory=dict)
+    """What a provider asks of the operator."""
+
+    def price_of(self, attempts: Sequence[Attempt]) -> Price | None:
+        """That of the last attempt which has one."""
+        return next((price for one in reversed(attempts) if (price := self.charged.get(one.model))), None)
+
+    def dearest(self) -> Price | None:
+        """No model's buckets cost more than its."""
+        prices = list(self.charged.values())
+        if len(prices) < 2:
+            return next(iter(prices), None)
+        most = max(prices, key=lambda price: price.output_nanos)
+        return replace(
+            most,
+            input_nanos=max(map(_dearest_input, prices)),
+            cache_read_input_nanos=None,
+            cache_write_input_nanos=None,
+        )
 
 
-def cost_of(attempts: Sequence[Attempt], price: Price) -> Cost:
-    """What attempts cost together, as far as they are billed. Notes the price at each of them."""
+def billed_nanos(attempts: Iterable[Attempt], rates: Rates) -> int:
+    """What attempts cost the tenant together, as far as they are billed."""
+    return sum(
+        charge_nanos(attempt.usage, rates.charged[attempt.model])
+        for attempt in attempts
+        if attempt.model in rates.charged and is_billed(attempt)
+    )
+
+
+def cost_of(attempts: Sequence[Attempt], rates: Rates) -> Cost | None:
+    """What attempts cost together: the tenant, as far as they are billed; the operator, whatever became of them. Notes
+    the price at each of them. ``None``: nobody has a price of any.
+    """
     for attempt in attempts:
-        attempt.price_id = price.id
+        if attempt.model in rates.charged:
+            attempt.price_id = rates.charged[attempt.model].id
+    price = rates.price_of(attempts)
+    if price is None:
+        return None
+    known = [attempt for attempt in attempts if attempt.model in rates.costs]
     return Cost(
         currency=price.currency,
-        charge_nanos=billed_nanos(attempts, price),
+        charge_nanos=billed_nanos(attempts, rates),
+        cost_nanos=sum(charge_nanos(one.usage, rates.costs[one.model]) for one in known) if known else None,
         price_id=price.id,
         estimated=any(attempt.usage.estimated for attempt in attempts),
     )
@@ -88,11 +129,14 @@ class WorstCase:
 
     @property
     def nanos(self) -> int:
-        price = self.price
-        if price is None:
+        if self.price is None:
             return 0
-        dearest = max(price.input_nanos, price.cache_read_input_nanos or 0, price.cache_write_input_nanos or 0)
-        return _round(self.input_tokens, dearest) + _round(self.n * self.max_new_tokens, price.output_nanos)
+        input_nanos = _round(self.input_tokens, _dearest_input(self.price))
+        return input_nanos + _round(self.n * self.max_new_tokens, self.price.output_nanos)
+
+
+def _dearest_input(price: Price) -> int:
+    return max(price.input_nanos, price.cache_read_input_nanos or 0, price.cache_write_input_nanos or 0)
 
 
 def _round(tokens: int, nanos: int) -> int:

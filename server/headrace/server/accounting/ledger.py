@@ -22,12 +22,14 @@ from typing import Any, Self, TypeVar
 import structlog
 from sqlalchemy import Connection
 
+from headrace.backends.components import Price
 from headrace.backends.errors import LedgerUnavailable
 from headrace.backends.types import AttemptOutcome, Usage
 from headrace.server.accounting import recovery
 from headrace.server.accounting.clock import Clock, SteadyClock
 from headrace.server.accounting.database import Database, is_outage, reason_of
 from headrace.server.accounting.groups import Answer, HoldOp, SettleOp, SweepOp, WorkOp
+from headrace.server.accounting.hits import Hit, HitPostings
 from headrace.server.accounting.progress import Noted, ProgressFile, Slot
 from headrace.server.accounting.records import Hold, HoldRequest, Settlement
 from headrace.server.accounting.store import OpenHold, fitting, posting_of
@@ -68,6 +70,7 @@ class Ledger:
         folder = state_dir / "progress"
         self._progress = ProgressFile(folder, owner=self.owner, ledger_id=database.id)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="ledger-reader")
+        self._hits = HitPostings(self.write, clock=clock, currency=database.currency)
         self._writer = Writer(
             database,
             owner=self.owner,
@@ -131,6 +134,7 @@ class Ledger:
         """Writes what waits. Holds that are open stay so, and are settled from what was noted of them by whoever opens
         the ledger next; so is what cannot be written because the database is away.
         """
+        await self._hits.close(CLOSE_SECONDS)
         self._closed = True
         await asyncio.to_thread(self._writer.stop, CLOSE_SECONDS)
         await asyncio.sleep(0)  # the last answers have been sent to the loop before
@@ -169,11 +173,7 @@ class Ledger:
         """Holds a call's worst case. Raises BudgetSpent, BudgetHeld, or LedgerUnavailable. If the caller is cancelled
         while it waits, nothing stays held.
         """
-        for name in (request.tenant, request.key):
-            if fitting(name, _NAME_LENGTH) != name:
-                raise ValueError(f"a tenant or key must have at most {_NAME_LENGTH} characters and no NUL: {name!r}")
-        if not self.healthy:
-            raise LedgerUnavailable()
+        self._check(request.tenant, request.key)
         try:
             slot = self._progress.take_slot()
         except OSError as error:
@@ -188,11 +188,10 @@ class Ledger:
                 self._void(op.future.result())
             raise
 
-    def note(self, hold: Hold, usage: Usage, charge_nanos: int, backend: str | None) -> None:
+    def note(self, hold: Hold, usage: Usage, charge_nanos: int, price: Price | None, backend: str | None) -> None:
         """Notes what a running call has used so far where a killed process leaves it. Quick: called for each part of a
         stream.
         """
-        price = hold.worst_case.price
         label = (hold.id, None, None, backend) if price is None else (hold.id, price.currency, price.id, backend)
         self._progress.write_counts(self._open[hold.id][1], label, usage, charge_nanos)
 
@@ -214,18 +213,35 @@ class Ledger:
             cost=settlement.cost,
             outcome=settlement.outcome,
             backend=settlement.backend,
+            model=settlement.model,
             settled_at=self._clock(),
         )
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer.put(SettleOp(posting, slot, future))
         return future
 
+    async def post_hit(self, hit: Hit) -> None:
+        """Posts a stored answer that is given; waits for that only if it costs something. Raises BudgetSpent,
+        BudgetHeld, or LedgerUnavailable.
+        """
+        self._check(hit.tenant, hit.key)
+        await self._hits.post(hit)
+
+    def _check(self, *names: str) -> None:
+        """Whether calls of such a tenant and key can be written down now."""
+        for name in names:
+            if fitting(name, _NAME_LENGTH) != name:
+                raise ValueError(f"a tenant or key must have at most {_NAME_LENGTH} characters and no NUL: {name!r}")
+        if not self.healthy:
+            raise LedgerUnavailable()
+
     async def read(self, work: Callable[[Connection], T]) -> T:
-        """Runs ``work`` in a thread, in a transaction that sees all that was settled before the call. Raises
+        """Runs ``work`` in a thread, in a transaction that sees all that was settled or posted before the call. Raises
         LedgerUnavailable.
         """
         if self._closed:
             raise LedgerUnavailable()
+        await self._hits.flush()
         if self._num_unsettled:
             await self.write(_nothing)
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)

@@ -14,30 +14,16 @@ latency_classes = ["chat", "batch"]
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field
 
-from headrace.backends.types import LatencyClass
 from headrace.server.accounting.records import Allowance
+from headrace.server.latency_names import NamedLatencyClass
 
 Money = Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)]
 Tokens = Annotated[int, Field(ge=0, le=10**18)]  # as many as Money has nano-units: both fit into 64 bits, sums too
 Rate = Annotated[int, Field(ge=1, le=10**18)]
-
-
-def _latency_class(value: Any) -> Any:
-    """Takes its name, as people write it."""
-    if not isinstance(value, str):
-        return value
-    if value.upper() not in LatencyClass.__members__:
-        raise ValueError(f"must be one of {', '.join(one.name.lower() for one in LatencyClass)}")
-    return LatencyClass[value.upper()]
-
-
-NamedLatencyClass = Annotated[
-    LatencyClass, BeforeValidator(_latency_class), PlainSerializer(lambda one: one.name.lower(), return_type=str)
-]
 
 
 class Limits(BaseModel):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import product
 
+from headrace.backends.api import ModelCard
 from headrace.backends.components import ListedPrice, Price, PriceSource
+from headrace.backends.price_table import in_force
 from headrace.server.accounting.clock import Clock
 from headrace.server.config import SettingsError
 
@@ -21,6 +24,29 @@ class Listing:
     provider: str
     entry: ListedPrice
     served: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A model, as price sources know it."""
+
+    backend: str
+    model: str
+    """Its name here."""
+    provider: str | None = None
+    """Of a remote model."""
+    provider_model: str = ""
+    """Its name there."""
+
+    @classmethod
+    def of(cls, backend: str, card: ModelCard) -> Priced:
+        return cls(backend, card.name, card.provider, card.provider_model or card.name)
+
+    @property
+    def names(self) -> Sequence[tuple[str, str]]:
+        """What sources are asked for: what the operator calls it, then what its provider does."""
+        own = (self.backend, self.model)
+        return [own] if self.provider is None else [own, (self.provider, self.provider_model)]
 
 
 class Prices:
@@ -41,30 +67,41 @@ class Prices:
                     f" {currency}; its prices must be, too"
                 )
 
-    def price(self, backend: str, model: str, at: int) -> Price | None:
+    def price(self, priced: Priced, at: int) -> Price | None:
         """The price of a call that begins ``at`` (nanoseconds since the epoch): that of the first source which knows
         one. ``None``: nobody does. Raises what a source raises.
         """
-        found = self._find(backend, model, _time(at))
+        found = self._find(priced, _time(at))
         return None if found is None else found[1]
 
-    def current(self, backend: str, model: str) -> ListedPrice | None:
+    def cost(self, priced: Priced, at: int) -> Price | None:
+        """What the provider of a remote model asks, as far as the sources know it, or else the guide."""
+        if priced.provider is None:
+            return None
+        there = replace(priced, backend=priced.provider, model=priced.provider_model, provider=None)
+        price = self.price(there, at)
+        if price is not None:
+            return price
+        asked = [entry for entry in self._guide if (entry.provider, entry.model) == (there.backend, there.model)]
+        entry = in_force(asked, _time(at))
+        return entry.price if entry is not None and entry.price.currency == self._currency else None
+
+    def current(self, priced: Priced) -> ListedPrice | None:
         """What a call that begins now would cost, with what is known of the price."""
-        found = self._find(backend, model, _time(self._clock()))
+        found = self._find(priced, _time(self._clock()))
         if found is None:
             return None
         source, price = found
         listed = (entry for entry in source.prices() if entry.price == price)
         # A source need not list what it knows.
-        return next(listed, ListedPrice(provider=backend, model=model, price=price, source=source.name))
+        return next(listed, ListedPrice(provider=priced.backend, model=priced.model, price=price, source=source.name))
 
-    def listed(self, served: Collection[tuple[str, str]]) -> list[Listing]:
-        """The prices in force and those to come, by provider, model and time. ``served`` has the backend and the name
-        of each model that the caller may use. Of others there is what providers ask: prices of the operator's own would
-        tell their names.
+    def listed(self, served: Collection[Priced]) -> list[Listing]:
+        """The prices in force and those to come, by provider, model and time. ``served`` are the models that the caller
+        may use. Of others there is what providers ask: prices of the operator's own would tell their names.
         """
         now = _time(self._clock())
-        found = [Listing(backend, entry, True) for backend, model in served for entry in self._served(backend, model)]
+        found = [Listing(priced.backend, entry, True) for priced in served for entry in self._served(priced)]
         shown = {id(one.entry) for one in found}
         book = [entry for _, entry in self._entries() if entry.provider is not None and id(entry) not in shown]
         known = {(entry.provider, entry.model) for entry in book}
@@ -72,14 +109,13 @@ class Prices:
         found += [Listing(entry.provider or "", entry, False) for entry in _not_past(book, now)]
         return sorted(found, key=lambda one: (one.provider, one.entry.model, one.entry.effective_from or _ALWAYS))
 
-    def _served(self, backend: str, model: str) -> list[ListedPrice]:
+    def _served(self, priced: Priced) -> list[ListedPrice]:
         """Of one model, the price in force and those to come."""
-        now, current = _time(self._clock()), self.current(backend, model)
+        now, current = _time(self._clock()), self.current(priced)
         to_come = [
             entry
             for _, entry in self._entries()
-            if entry.model == model
-            and entry.provider in (None, backend)
+            if any(entry.model == model and entry.provider in (None, backend) for backend, model in priced.names)
             and entry.effective_from is not None
             and entry.effective_from > now
         ]
@@ -88,8 +124,8 @@ class Prices:
     def _entries(self) -> Iterable[tuple[PriceSource, ListedPrice]]:
         return ((source, entry) for source in self._sources for entry in source.prices())
 
-    def _find(self, backend: str, model: str, at: datetime) -> tuple[PriceSource, Price] | None:
-        for source in self._sources:
+    def _find(self, priced: Priced, at: datetime) -> tuple[PriceSource, Price] | None:
+        for source, (backend, model) in product(self._sources, priced.names):
             price = source.price(backend, model, at)
             if price is None:
                 continue

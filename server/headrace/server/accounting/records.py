@@ -74,6 +74,8 @@ class Settlement:
     cost: Cost | None
     outcome: AttemptOutcome
     backend: str | None
+    model: str | None = None
+    """That answered, or was tried last; ``None``: that of the hold."""
 
 
 POSTED_COUNTS = (

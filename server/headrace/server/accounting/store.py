@@ -80,9 +80,10 @@ def posting_of(
     outcome: AttemptOutcome,
     backend: str | None,
     settled_at: int,
+    model: str | None = None,
     recovered: bool = False,
 ) -> Posting:
-    """What a hold becomes. The tenant pays at most what was held; what a provider bills stands beside it. Never fails:
+    """What a hold becomes; ``model`` if it went elsewhere in the end. The tenant pays at most what was held; what a provider bills stands beside it. Never fails:
     counts are a backend's own, and a settlement that cannot be written would leave its hold behind.
     """
     used = bool(usage.input_tokens or usage.output_tokens)
@@ -92,7 +93,7 @@ def posting_of(
         tenant=hold.tenant,
         key=hold.key,
         month=hold.month,
-        model=hold.model,
+        model=hold.model if model is None else fitting(model, 256),
         backend=fitting(backend, 128) if backend is not None else None,
         request_id=hold.request_id,
         state="posted" if used else "voided",
@@ -182,6 +183,11 @@ def post(connection: Connection, postings: Sequence[Posting]) -> None:
     cursors = _run(connection, _DELETE_HOLDS, [(posting.id,) for posting in postings])
     if sum(cursor.rowcount for cursor in cursors) < len(postings):
         raise HoldsGone
+    add_postings(connection, postings)
+
+
+def add_postings(connection: Connection, postings: Sequence[Posting]) -> None:
+    """Adds postings, and counts them in ``daily_usage``; holds and balances are the caller's."""
     _run(connection, _INSERT_POSTINGS, postings)
     _run(connection, _COUNT_DAYS, [(*day, *row) for day, row in daily_sums(postings).items()])
 

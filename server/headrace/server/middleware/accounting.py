@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import aclosing
 from dataclasses import replace
 
-from headrace.backends.components import Price
 from headrace.backends.types import (
     Attempt,
     AttemptOutcome,
@@ -20,8 +19,9 @@ from headrace.backends.types import (
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.accounts import Terms
 from headrace.server.accounting.bounds import max_input_tokens
-from headrace.server.accounting.charges import WorstCase, billed_nanos, billed_usage, cost_of
+from headrace.server.accounting.charges import Rates, WorstCase, billed_nanos, billed_usage, cost_of
 from headrace.server.accounting.ledger import Ledger
+from headrace.server.accounting.prices import Priced
 from headrace.server.accounting.records import Hold, HoldRequest, Settlement
 from headrace.server.middleware.limits import RateLimits
 
@@ -33,10 +33,11 @@ def account(inner: Handler, *, accounting: Accounting, limits: RateLimits) -> Ha
 
     async def handle(call: Call) -> Events:
         terms = accounting.accounts.terms(call.principal)
-        worst_case = worst_case_of(call, accounting)
+        rates = rates_of(call, accounting)
+        worst_case = worst_case_of(call, rates)
         limits.take_tokens(terms, worst_case.tokens)
         try:
-            async with aclosing(await _begin(inner, call, accounting, worst_case, terms)) as events:
+            async with aclosing(await _begin(inner, call, accounting.ledger, worst_case, rates, terms)) as events:
                 async for event in events:
                     yield event
         finally:
@@ -49,16 +50,28 @@ def account(inner: Handler, *, accounting: Accounting, limits: RateLimits) -> Ha
     return handle
 
 
-def worst_case_of(call: Call, accounting: Accounting) -> WorstCase:
-    """What ``call``, which has its model and its tokens, can use at most."""
-    assert call.model is not None
-    price = accounting.prices.price(call.model.backend, call.model.card.name, accounting.clock())
-    counted = call.model.tokenizer is not None
+def rates_of(call: Call, accounting: Accounting) -> Rates:
+    """What it costs now, wherever ``call`` may go."""
+    now, charged, costs = accounting.clock(), {}, {}
+    for target in call.targets:
+        priced = Priced.of(target.model.backend, target.model.card)
+        if (price := accounting.prices.price(priced, now)) is not None:
+            charged[priced.model] = price
+        if (cost := accounting.prices.cost(priced, now)) is not None:
+            costs[priced.model] = cost
+    return Rates(charged, costs)
+
+
+def worst_case_of(call: Call, rates: Rates) -> WorstCase:
+    """What ``call``, which has its targets and its tokens, can use at most, wherever it goes."""
     return WorstCase(
-        input_tokens=call.num_input_tokens if counted else max_input_tokens(call.request.input),
+        input_tokens=max(
+            max_input_tokens(call.request.input) if target.model.tokenizer is None else target.num_input_tokens
+            for target in call.targets
+        ),
         n=call.request.n,
-        max_new_tokens=call.max_new_tokens,
-        price=price,
+        max_new_tokens=max(target.max_new_tokens for target in call.targets),
+        price=rates.dearest(),
     )
 
 
@@ -76,27 +89,28 @@ def hold_request_of(call: Call, worst_case: WorstCase, terms: Terms) -> HoldRequ
     )
 
 
-async def _begin(inner: Handler, call: Call, accounting: Accounting, worst_case: WorstCase, terms: Terms) -> Events:
-    if accounting.ledger is None:
-        return _priced(inner, call, worst_case.price)
-    hold = await accounting.ledger.hold(hold_request_of(call, worst_case, terms))
-    return _held(inner, call, accounting.ledger, hold)
+async def _begin(
+    inner: Handler, call: Call, ledger: Ledger | None, worst_case: WorstCase, rates: Rates, terms: Terms
+) -> Events:
+    if ledger is None:
+        return _priced(inner, call, rates)
+    hold = await ledger.hold(hold_request_of(call, worst_case, terms))
+    return _held(inner, call, ledger, hold, rates)
 
 
-async def _priced(inner: Handler, call: Call, price: Price | None) -> Events:
+async def _priced(inner: Handler, call: Call, rates: Rates) -> Events:
     """Runs a call that is written down nowhere."""
     try:
         async with aclosing(inner(call)) as events:
             async for event in events:
                 yield event
     finally:
-        _price(call, price)
+        call.meter.cost = cost_of(call.meter.attempts, rates)
 
 
-async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold) -> Events:
+async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold, rates: Rates) -> Events:
     """Runs a call for which its worst case is held."""
-    is_clamped = hold.worst_case.max_new_tokens < call.max_new_tokens
-    call.max_new_tokens = hold.worst_case.max_new_tokens
+    is_clamped = _clamp(call, hold.worst_case.max_new_tokens)
     call.meter.warnings = tuple(account.subject for account in hold.soft_limits_exceeded)
     outcome = AttemptOutcome.CANCELLED
     try:
@@ -104,7 +118,7 @@ async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold) -> Event
             async for event in events:
                 if call.is_streamed and isinstance(event, Delta):
                     # Before it is handed over: a kill loses nothing that a caller has seen.
-                    _note(call, ledger, hold)
+                    _note(call, ledger, hold, rates)
                 yield _for_budget(event) if is_clamped else event
         outcome = AttemptOutcome.COMPLETED
     except Exception:
@@ -114,39 +128,51 @@ async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold) -> Event
         # The last attempt knows better why it ended.
         if call.meter.attempts and call.meter.attempts[-1].outcome is not None:
             outcome = call.meter.attempts[-1].outcome
-        ledger.settle(_settlement(call, hold, outcome))
+        ledger.settle(_settlement(call, hold, rates, outcome))
 
 
-def _note(call: Call, ledger: Ledger, hold: Hold) -> None:
+def _clamp(call: Call, most: int) -> bool:
+    """Lets no target have more than ``most`` new tokens. Returns whether one wanted more."""
+    if all(target.max_new_tokens <= most for target in call.targets):
+        return False
+    call.targets = tuple(replace(target, max_new_tokens=min(target.max_new_tokens, most)) for target in call.targets)
+    call.max_new_tokens = min(call.max_new_tokens, most)
+    return True
+
+
+def _note(call: Call, ledger: Ledger, hold: Hold, rates: Rates) -> None:
     # The backend's thread goes on counting: what is noted, and what that costs, must be of one moment.
-    attempts = [Attempt(one.backend, usage=one.usage.copy(), outcome=one.outcome) for one in call.meter.attempts]
-    price = hold.worst_case.price
+    attempts = [
+        Attempt(one.backend, one.model, usage=one.usage.copy(), outcome=one.outcome) for one in call.meter.attempts
+    ]
     if attempts:
-        charge = 0 if price is None else billed_nanos(attempts, price)
-        ledger.note(hold, billed_usage(attempts), charge, attempts[-1].backend)
+        ledger.note(
+            hold,
+            billed_usage(attempts),
+            billed_nanos(attempts, rates),
+            rates.price_of(attempts),
+            attempts[-1].backend,
+        )
 
 
-def _settlement(call: Call, hold: Hold, outcome: AttemptOutcome) -> Settlement:
+def _settlement(call: Call, hold: Hold, rates: Rates, outcome: AttemptOutcome) -> Settlement:
     attempts, held = call.meter.attempts, hold.worst_case.nanos
-    _price(call, hold.worst_case.price)
-    if call.meter.cost is not None and call.meter.cost.charge_nanos > held:
+    cost = cost_of(attempts, rates)
+    if cost is not None and cost.charge_nanos > held:
         # What is beyond is the operator's to pay; the report says what the ledger does.
-        call.meter.cost = replace(call.meter.cost, charge_nanos=held)
+        cost = replace(cost, charge_nanos=held)
+    call.meter.cost = cost
     return Settlement(
         hold=hold,
         # Of a whole answer nothing has been sent yet.
         usage=replace(
             billed_usage(attempts), sent_output_tokens=call.meter.sent_output_tokens if call.is_streamed else None
         ),
-        cost=call.meter.cost,
+        cost=cost,
         outcome=outcome,
         backend=attempts[-1].backend if attempts else None,
+        model=_model_name(call),
     )
-
-
-def _price(call: Call, price: Price | None) -> None:
-    if price is not None and call.meter.attempts:
-        call.meter.cost = cost_of(call.meter.attempts, price)
 
 
 def _for_budget(event: Event) -> Event:

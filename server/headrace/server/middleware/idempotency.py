@@ -34,6 +34,7 @@ from headrace.server.accounting.answer_store import LEASE, SECOND, Key
 from headrace.server.accounting.answers import Answer, AnswerEvent, answer_of, decode, digest, encode, size_of
 from headrace.server.accounting.clock import Clock
 from headrace.server.accounting.ledger import Ledger
+from headrace.server.middleware.broadcast import Broadcast, LeftBehind, Reader
 
 MAX_ANSWER_BYTES = 8 * 2**20
 """In memory, about, of one answer; a larger one is read by one call alone, and not kept."""
@@ -46,16 +47,6 @@ logger = structlog.get_logger("headrace.idempotency")
 
 
 @dataclass(eq=False, slots=True)
-class _Reader:
-    """One call that reads the events of a run."""
-
-    position: int = 0
-    """Of the event that it takes next."""
-    left_behind: bool = False
-    """Whether events that it did not take are gone."""
-
-
-@dataclass(eq=False, slots=True)
 class _Run:
     """What is answered under a key, by running a call or from the database."""
 
@@ -64,35 +55,13 @@ class _Run:
     """The first; the one that runs."""
     answer: Answer | None = None
     """From the database."""
-    events: list[AnswerEvent] = field(default_factory=list)
-    first: int = 0
-    """Number of the first of ``events``; more than 0 only where it is not ``kept``."""
-    size: int = 0
-    """Bytes of ``events``, about."""
-    kept: bool = True
-    """Whether all events are there, for whoever comes later."""
-    readers: set[_Reader] = field(default_factory=set)
+    broadcast: Broadcast = field(default_factory=Broadcast)
     ending: bool = False
     """Whether nobody can join any more."""
     answered: bool = False
     """Whether the call that runs has come to its end."""
-    done: bool = False
-    error: Exception | None = None
     task: asyncio.Task[None] | None = None
     expiry: asyncio.TimerHandle | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def end(self) -> int:
-        return self.first + len(self.events)
-
-    def notify(self) -> None:
-        """Wakes all that wait for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def changed(self) -> None:
-        await self._changed.wait()
 
 
 class Idempotency:
@@ -167,37 +136,27 @@ class Idempotency:
             return run
         if run.key.digest != asked:
             raise InvalidArgument("idempotency_key", "belongs to another request, which runs; take a new key")
-        if not run.kept:
+        if not run.broadcast.kept:
             raise _too_large()
         return run
 
     async def _read(self, call: Call, run: _Run) -> Events:
-        reader = _Reader()
+        reader = Reader()
         self._enter(call, run, reader)
         try:
-            while True:
-                if reader.left_behind:
-                    raise _too_large()
-                if reader.position < run.end:
-                    _show(call, run)
-                    yield run.events[reader.position - run.first]
-                    reader.position += 1
-                    if not run.kept:
-                        run.notify()
-                elif run.done:
-                    break
-                else:
-                    await run.changed()
-            if run.error is not None:
-                raise run.error
+            while (event := await run.broadcast.next(reader)) is not None:
+                _show(call, run)
+                yield event
             _show(call, run)
             yield StreamEnd()
+        except LeftBehind:
+            raise _too_large() from None
         finally:
             call.model = call.model or run.call.model
             self._leave(run, reader)
 
-    def _enter(self, call: Call, run: _Run, reader: _Reader) -> None:
-        run.readers.add(reader)
+    def _enter(self, call: Call, run: _Run, reader: Reader) -> None:
+        run.broadcast.readers.add(reader)
         self._unread.pop(run, None)
         if run.expiry is not None:
             run.expiry.cancel()
@@ -207,14 +166,14 @@ class Idempotency:
         else:
             run.call.deadline = max(call.deadline, run.call.deadline)
 
-    def _leave(self, run: _Run, reader: _Reader) -> None:
-        run.readers.discard(reader)
-        run.notify()
-        if run.readers:
+    def _leave(self, run: _Run, reader: Reader) -> None:
+        run.broadcast.readers.discard(reader)
+        run.broadcast.notify()
+        if run.broadcast.readers:
             return
-        if run.done:
+        if run.broadcast.done:
             self._free(run)
-        elif self._closed or not self._linger or not run.kept:
+        elif self._closed or not self._linger or not run.broadcast.kept:
             self._end(run)
         else:
             self._unread[run] = None
@@ -226,7 +185,8 @@ class Idempotency:
     # --- running ---------------------------------------------------------------------------------------------------
 
     async def _work(self, run: _Run, inner: Handler, ledger: Ledger) -> None:
-        """Answers. What goes wrong is in ``run.error``."""
+        """Answers. What goes wrong is raised to whoever reads."""
+        error: Exception | None = None
         try:
             data = await self._claim(run, ledger)
             if data is None:
@@ -234,19 +194,18 @@ class Idempotency:
             else:
                 await self._load(run, data)
         except asyncio.CancelledError:
-            run.error = StreamAborted("the call was cancelled: nobody had read it for a while")
+            error = StreamAborted("the call was cancelled: nobody had read it for a while")
             raise
-        except Exception as error:  # noqa: BLE001 - whoever reads raises it
-            run.error = error
+        except Exception as failure:  # noqa: BLE001 - whoever reads raises it
+            error = failure
         finally:
-            run.done = True
             del self._runs[run.key.tenant, run.key.key]
             self._unread.pop(run, None)
             if run.expiry is not None:
                 run.expiry.cancel()
-            if not run.readers:
+            run.broadcast.finish(error)
+            if not run.broadcast.readers:
                 self._free(run)
-            run.notify()
 
     async def _claim(self, run: _Run, ledger: Ledger) -> bytes | None:
         def claim(connection: Connection) -> bytes | None:
@@ -268,8 +227,9 @@ class Idempotency:
         size = sum(map(size_of, answer.events))
         if self._size and self._size + size > self._max_bytes // 2:
             raise Overloaded("too many answers are being read; try again", retry_after=_RETRY_SECONDS)
-        run.answer, run.events, run.size = answer, list(answer.events), size
-        self._size += size
+        run.answer = answer
+        for event in answer.events:
+            self._size += run.broadcast.add(event)
 
     async def _run(self, run: _Run, inner: Handler, ledger: Ledger) -> None:
         renewing = asyncio.create_task(self._renew(run, ledger))
@@ -292,32 +252,30 @@ class Idempotency:
 
     async def _add(self, run: _Run, event: AnswerEvent) -> None:
         """Hands an event to the readers; returns when the next one is wanted."""
-        run.events.append(event)
-        size = size_of(event)
-        run.size += size
-        self._size += size
-        run.notify()
-        if run.kept and (run.size > MAX_ANSWER_BYTES or self._size > self._max_bytes):
+        broadcast = run.broadcast
+        self._size += broadcast.add(event)
+        if broadcast.kept and (broadcast.size > MAX_ANSWER_BYTES or self._size > self._max_bytes):
             self._keep_no_more(run)
-        while not run.kept and run.readers and min(reader.position for reader in run.readers) < run.end:
-            await run.changed()
-        if not run.kept:
-            run.first = run.end
+        await broadcast.wanted()
+        if not broadcast.kept:
             self._free(run)
 
     def _keep_no_more(self, run: _Run) -> None:
         """Leaves the events to the reader that is furthest, at whose pace the call then goes on."""
-        run.kept = False
-        if not run.readers:
+        run.broadcast.kept = False
+        readers = run.broadcast.readers
+        if not readers:
             self._end(run)
             return
-        furthest = max(run.readers, key=lambda reader: reader.position)
-        for reader in run.readers - {furthest}:
+        furthest = max(readers, key=lambda reader: reader.position)
+        for reader in readers - {furthest}:
             reader.left_behind = True
-        run.readers = {furthest}
+            readers.discard(reader)
 
     async def _keep(self, run: _Run, ledger: Ledger) -> None:
-        data = await asyncio.to_thread(encode, answer_of(run.call, run.events)) if run.kept else None
+        data = (
+            await asyncio.to_thread(encode, answer_of(run.call, run.broadcast.events)) if run.broadcast.kept else None
+        )
 
         def keep(connection: Connection) -> None:
             answer_store.keep(
@@ -353,13 +311,13 @@ class Idempotency:
         run.ending = True
 
     def _free(self, run: _Run) -> None:
-        self._size -= run.size
-        run.size = 0
-        run.events.clear()
+        self._size -= run.broadcast.drop()
 
 
 def _show(call: Call, run: _Run) -> None:
-    """Fills a call with what is known of its answer. Raises ModelNotFound if the model is not the caller's to use."""
+    """Fills a call with what is known of its answer. Raises ModelNotFound if the model, or the route to it that was
+    asked for, is not the caller's to use.
+    """
     answer, meter = run.answer, call.meter
     model: Model | None
     if answer is None and call is run.call:
@@ -367,15 +325,15 @@ def _show(call: Call, run: _Run) -> None:
     if answer is None:
         call.request, model, call.prompt = run.call.request, run.call.model, run.call.prompt
         attempts, cost = run.call.meter.attempts, run.call.meter.cost
-        counts_sent = run.call.meter.sent_output_tokens is not None
+        counts_sent, call.route = run.call.meter.sent_output_tokens is not None, run.call.route
     elif not meter.replayed:
         call.request = replace(call.request, n=answer.n, response=answer.response)
         model, call.prompt, attempts, cost = answer.model, answer.prompt, answer.attempts, answer.cost
-        counts_sent = answer.counts_sent
+        counts_sent, call.route = answer.counts_sent, answer.route
     else:
         return
     models = call.principal.models
-    if models is not None and (model is None or model.card.name not in models):
+    if models is not None and (model is None or (call.route or model.card.name) not in models):
         raise ModelNotFound(call.request.model or "", tuple(sorted(models)))
     call.model = model
     # No timings: nothing was queued or computed for this call.

@@ -67,6 +67,7 @@ class UsageReporter:
             request_id=call.request_id,
             tenant=call.principal.tenant,
             model=call.model.card.name if call.model else None,
+            route=call.route,
             error=error,
             usage=call.meter.usage(),
             cost=call.meter.cost,

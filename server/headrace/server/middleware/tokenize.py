@@ -1,5 +1,5 @@
-"""Turns the input and the candidates of a scoring into tokens, off the event loop, and fits them into the model's
-context.
+"""Turns the input and the candidates of a scoring into tokens, off the event loop, and fits them into the context of
+each model that the call can go to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from headrace.backends.api import ContinuingTokenizer, InfillTokenizer, Model
-from headrace.backends.errors import InvalidArgument, UnsupportedOption
+from headrace.backends.errors import HeadraceError, InvalidArgument, UnsupportedOption
 from headrace.backends.types import (
     Call,
     ChatInput,
@@ -22,11 +22,14 @@ from headrace.backends.types import (
     Input,
     Prompt,
     Scoring,
+    Target,
     TextInput,
     TokenIdsInput,
 )
+from headrace.server.accounting.bounds import max_input_tokens
 from headrace.server.engine.channels import dialect_of
-from headrace.server.registry import ModelRegistry
+from headrace.server.routing.choice import check_length
+from headrace.server.routing.router import Router
 
 MAX_SCORED_TOKENS = 32_768
 """Of all candidates of a call together."""
@@ -34,31 +37,88 @@ MAX_REPORTED = 131_072
 """Tokens with their log-probabilities in one answer, the likeliest others included: some 20 bytes each."""
 
 
-def tokenize(inner: Handler, *, registry: ModelRegistry, executor: Executor, default_max_new_tokens: int) -> Handler:
-    """Sets ``call.prompt``, ``call.candidates`` and ``call.max_new_tokens``. Raises InvalidArgument for a prompt or a
-    candidate that is empty or does not fit, or for token ids out of the vocabulary.
+_BYTES_PER_TOKEN = 4
+"""Of text, about, where nobody can count."""
+
+
+def tokenize(inner: Handler, *, router: Router, executor: Executor, default_max_new_tokens: int) -> Handler:
+    """Fills ``call.targets``, without those that the call does not fit, and enters the first. Raises InvalidArgument
+    for a prompt or a candidate that is empty or does not fit, or for token ids out of the vocabulary: that of the last
+    target, if none is left.
     """
 
     async def handle(call: Call) -> Events:
-        assert call.model is not None
-        loop = asyncio.get_running_loop()
-        source = _with_reasoning(call.request, call.model)
-        if _is_quick(source, call.model):
-            call.prompt = make_prompt(source, call.model)
-        else:
-            call.prompt = await loop.run_in_executor(executor, make_prompt, source, call.model)
-        max_tokens, scoring = registry.find(call.model.card.name).max_tokens, call.request.scoring
-        if scoring is None:
-            _check_ids(call)
-            call.max_new_tokens = _max_new_tokens(call, max_tokens, default_max_new_tokens)
-        else:
-            call.candidates = await loop.run_in_executor(executor, _make_candidates, scoring, call.model)
-            _check_scoring(call, scoring, max_tokens)
+        prompts: dict[int, Prompt] = {}
+        fit: list[Target] = []
+        problem: HeadraceError | None = None
+        for target in call.targets:
+            max_tokens = router.registry.look_up(target.model.card.name).max_tokens
+            try:
+                target = replace(target, prompt=await _prompt(call.request, target.model, prompts, executor))
+                if call.request.scoring is None:
+                    _check_ids(call.request, target.model)
+                    max_new_tokens = _max_new_tokens(call.request, target, max_tokens, default_max_new_tokens)
+                    fit.append(replace(target, max_new_tokens=max_new_tokens))
+                else:
+                    fit.append(await _with_candidates(target, call.request.scoring, max_tokens, executor))
+            except (InvalidArgument, UnsupportedOption) as error:
+                problem = error
+        if call.route is not None:
+            fit, too_long = _within_lengths(call.route, fit, call.request.input, router)
+            problem = too_long or problem
+        if not fit:
+            assert problem is not None
+            raise problem
+        call.targets = tuple(fit)
+        call.enter(fit[0])
         async with aclosing(inner(call)) as events:
             async for event in events:
                 yield event
 
     return handle
+
+
+async def _prompt(request: GenerateRequest, model: Model, made: dict[int, Prompt], executor: Executor) -> Prompt:
+    """``made`` has what each tokenizer has made of the request, by the tokenizer's ``id``: targets may share one."""
+    tokenizer = model.tokenizer
+    if tokenizer is not None and id(tokenizer) in made:
+        return made[id(tokenizer)]
+    source = _with_reasoning(request, model)
+    if _is_quick(source, model):
+        prompt = make_prompt(source, model)
+    else:
+        prompt = await asyncio.get_running_loop().run_in_executor(executor, make_prompt, source, model)
+    if tokenizer is not None:
+        made[id(tokenizer)] = prompt
+    return prompt
+
+
+async def _with_candidates(target: Target, scoring: Scoring, max_tokens: int, executor: Executor) -> Target:
+    loop = asyncio.get_running_loop()
+    target = replace(target, candidates=await loop.run_in_executor(executor, _make_candidates, scoring, target.model))
+    _check_scoring(target, scoring, max_tokens)
+    return target
+
+
+def _within_lengths(
+    route: str, targets: Sequence[Target], source: Input, router: Router
+) -> tuple[list[Target], InvalidArgument | None]:
+    """The targets that are for inputs of this length, and what is wrong with the last of the others. Where a target
+    cannot count, the first that can has its say; if none can, the length is guessed.
+    """
+    counts = [target.num_input_tokens for target in targets if target.model.tokenizer is not None]
+    guess = counts[0] if counts else max_input_tokens(source) // _BYTES_PER_TOKEN
+    fit: list[Target] = []
+    problem: InvalidArgument | None = None
+    for target in targets:
+        options = router.target_options(route, target.model.card.name)
+        try:
+            check_length(route, options, guess if target.model.tokenizer is None else target.num_input_tokens)
+        except InvalidArgument as error:
+            problem = error
+        else:
+            fit.append(target)
+    return fit, problem
 
 
 def _with_reasoning(request: GenerateRequest, model: Model) -> Input:
@@ -139,19 +199,19 @@ def _candidate(path: str, source: TextInput | TokenIdsInput, model: Model) -> tu
     return ids
 
 
-def _check_scoring(call: Call, scoring: Scoring, max_tokens: int) -> None:
-    assert call.prompt is not None
-    num_prompt_tokens = len(call.prompt.token_ids)
+def _check_scoring(target: Target, scoring: Scoring, max_tokens: int) -> None:
+    assert target.prompt is not None
+    candidates, num_prompt_tokens = target.candidates, len(target.prompt.token_ids)
     if num_prompt_tokens > max_tokens:
         raise InvalidArgument("input", f"has {num_prompt_tokens} tokens; the context holds {max_tokens}")
-    if not call.candidates and num_prompt_tokens == 1:
+    if not candidates and num_prompt_tokens == 1:
         raise InvalidArgument("input", "must give at least two tokens to be scored: nothing predicts the first")
-    for i, ids in enumerate(call.candidates):
+    for i, ids in enumerate(candidates):
         if num_prompt_tokens + len(ids) > max_tokens:
             problem = f"has {len(ids)} tokens after {num_prompt_tokens} of the input; the context holds {max_tokens}"
             raise InvalidArgument(f"candidates[{i}]", problem)
-    num_scored = sum(map(len, call.candidates or [call.prompt.token_ids]))
-    if call.candidates and num_scored > MAX_SCORED_TOKENS:
+    num_scored = sum(map(len, candidates or [target.prompt.token_ids]))
+    if candidates and num_scored > MAX_SCORED_TOKENS:
         raise InvalidArgument("candidates", f"must have at most {MAX_SCORED_TOKENS} tokens in all, got {num_scored}")
     num_reported = num_scored * (1 + scoring.top_logprobs)
     if scoring.tokens and num_reported > MAX_REPORTED:
@@ -165,24 +225,23 @@ def _check_vocabulary(path: str, ids: Sequence[int], size: int) -> None:
             raise InvalidArgument(f"{path}[{i}]", f"must be below the vocabulary size {size}, got {token_id}")
 
 
-def _check_ids(call: Call) -> None:
+def _check_ids(request: GenerateRequest, model: Model) -> None:
     """Token ids in options, which could not be checked before the model was known."""
-    assert call.model is not None
-    if call.model.tokenizer is None:
+    if model.tokenizer is None:
         return
-    size = call.model.tokenizer.vocabulary_size
-    for token_id in call.request.sampling.logit_bias:
+    size = model.tokenizer.vocabulary_size
+    for token_id in request.sampling.logit_bias:
         if token_id >= size:
             raise InvalidArgument(
                 "sampling.logit_bias", f"keys must be below the vocabulary size {size}, got {token_id}"
             )
-    _check_vocabulary("stopping.stop_token_ids", call.request.stopping.stop_token_ids, size)
+    _check_vocabulary("stopping.stop_token_ids", request.stopping.stop_token_ids, size)
 
 
-def _max_new_tokens(call: Call, max_tokens: int, default: int) -> int:
-    assert call.prompt is not None
-    stopping = call.request.stopping
-    num_prompt_tokens = len(call.prompt.token_ids)
+def _max_new_tokens(request: GenerateRequest, target: Target, max_tokens: int, default: int) -> int:
+    assert target.prompt is not None
+    stopping = request.stopping
+    num_prompt_tokens = len(target.prompt.token_ids)
     room = max_tokens - num_prompt_tokens
     if room < 1:
         problem = f"has {num_prompt_tokens} tokens; the context holds {max_tokens}, one of them new"

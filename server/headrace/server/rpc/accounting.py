@@ -26,7 +26,7 @@ from headrace.backends.types import Call, Principal
 from headrace.server.accounting import queries
 from headrace.server.accounting.clock import day_of, month_of
 from headrace.server.accounting.ledger import Ledger
-from headrace.server.accounting.prices import Listing
+from headrace.server.accounting.prices import Listing, Priced
 from headrace.server.accounting.queries import Dimension
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.calls import NO_REQUEST, Rpc, parse, run_in_front
@@ -165,7 +165,7 @@ class UsageReports:
         wanted = message.name_contains.lower()
 
         async def work(principal: Principal) -> list[Listing]:
-            served = [(model.backend, model.card.name) for model in self.application.list_models(principal)]
+            served = [Priced.of(model.backend, model.card) for model in self.application.list_models(principal)]
             return self.application.accounting.prices.listed(served)
 
         listings = [

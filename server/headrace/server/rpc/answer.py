@@ -158,6 +158,7 @@ def _duration(start: float | None, end: float | None) -> duration_pb2.Duration |
 def _attempt_message(attempt: types.Attempt) -> usage_pb2.Attempt:
     return usage_pb2.Attempt(
         backend=attempt.backend,
+        model=attempt.model,
         price_id=attempt.price_id,
         usage=usage_message(attempt.usage),
         outcome=None if attempt.outcome is None else f"ATTEMPT_OUTCOME_{attempt.outcome.name}",

@@ -35,6 +35,21 @@ class ServedModel:
     default_sampling: Sampling = field(default_factory=Sampling)
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
+    targets: tuple[ServedTarget, ...] = ()
+    """Of a route: the models that it leads to, in the order of the settings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedTarget:
+    """A model that a route leads to."""
+
+    model: ServedModel
+    weight: float | None
+    """``None``: the route tries its models in order."""
+    is_healthy: bool
+    is_cooling_down: bool
+    """Whether it is left alone for now."""
+    failures_in_a_row: int
 
 
 class Application(Protocol):

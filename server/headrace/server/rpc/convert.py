@@ -45,6 +45,7 @@ _TOOL_CHOICE_MODES = {
     pb.TOOL_CHOICE_MODE_NONE: types.ToolChoiceMode.NONE,
     pb.TOOL_CHOICE_MODE_REQUIRED: types.ToolChoiceMode.REQUIRED,
 }
+_CACHE_MODES = {pb.CACHE_MODE_USE: True, pb.CACHE_MODE_BYPASS: False}
 _EXPIRY_ACTIONS = {
     pb.EXPIRY_ACTION_PARTIAL: types.ExpiryAction.PARTIAL,
     pb.EXPIRY_ACTION_ERROR: types.ExpiryAction.ERROR,
@@ -88,6 +89,7 @@ def to_request(
         strict=spec.determinism.strict,
         clamp_to_budget=spec.budget_policy == pb.BUDGET_POLICY_CLAMP,
         use_prefix_cache=spec.cache.prefix != pb.CACHE_MODE_BYPASS,
+        response_caching=_response_caching(spec.cache),
         extensions={name: _struct(f"extensions[{name!r}]", value) for name, value in spec.extensions.items()},
         options=options,
         **_given(spec, "n"),
@@ -170,6 +172,16 @@ def to_scheduling(options: pb.SchedulingOptions, default_latency_class: types.La
         queue_timeout=_seconds("scheduling.queue_timeout", options, "queue_timeout"),
         on_expiry=_EXPIRY_ACTIONS.get(options.on_expiry, types.ExpiryAction.PARTIAL),
         **_given(options, "priority"),
+    )
+
+
+def _response_caching(policy: pb.CachePolicy) -> types.ResponseCaching:
+    return types.ResponseCaching(
+        enabled=_CACHE_MODES.get(policy.response),
+        max_age=_seconds("cache.response_max_age", policy, "response_max_age"),
+        ttl=_seconds("cache.response_ttl", policy, "response_ttl"),
+        no_store=policy.response_no_store,
+        namespace=policy.response_namespace,
     )
 
 

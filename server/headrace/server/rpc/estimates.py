@@ -15,7 +15,7 @@ from headrace.server.accounting.admission import Balance, admit
 from headrace.server.accounting.charges import WorstCase, charge_nanos
 from headrace.server.accounting.clock import month_of
 from headrace.server.accounting.records import Account
-from headrace.server.middleware.accounting import hold_request_of, worst_case_of
+from headrace.server.middleware.accounting import hold_request_of, rates_of, worst_case_of
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.calls import Rpc, convert, parse
 from headrace.server.rpc.convert import request_id_of, to_request
@@ -55,8 +55,8 @@ class Estimates:
     async def _estimate(self, call: Call) -> pb.EstimateCostResponse:
         assert call.model is not None
         accounting = self.application.accounting
-        worst_case = worst_case_of(call, accounting)
-        counted = call.model.tokenizer is not None
+        worst_case = worst_case_of(call, rates_of(call, accounting))
+        counted = all(target.model.tokenizer is not None for target in call.targets)
         cached = self.application.num_known_tokens(call)
         least_output = call.request.n * max(1, call.request.stopping.min_new_tokens)
         likely_output = accounting.expectations.output_tokens(

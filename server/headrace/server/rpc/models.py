@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from headrace.backends.components import ListedPrice
 from headrace.backends.errors import ModelNotFound
 from headrace.backends.types import Call, Sampling
+from headrace.server.accounting.prices import Priced
 from headrace.server.rpc.answer import duration_message
-from headrace.server.rpc.application import Application, ServedModel
+from headrace.server.rpc.application import Application, ServedModel, ServedTarget
 from headrace.server.rpc.calls import NO_REQUEST, Rpc, parse, run_in_front
 from headrace.server.rpc.prices import price_message
 from headrace.server.speeds import ModelSpeed, RecentSpeeds
@@ -52,8 +53,30 @@ class Models:
         return models_pb2.GetModelResponse(model=self._message(found))
 
     def _message(self, model: ServedModel) -> models_pb2.Model:
-        price = self.application.accounting.prices.current(model.backend, model.card.name)
+        if model.targets:
+            # Of its own it has neither a price nor a speed.
+            message = model_message(model, speed=ModelSpeed(), price=None)
+            message.targets.extend(map(self._target_message, model.targets))
+            return message
+        price = self.application.accounting.prices.current(Priced.of(model.backend, model.card))
         return model_message(model, speed=self.speeds.of(model.card.name), price=price)
+
+    def _target_message(self, target: ServedTarget) -> models_pb2.RouteTarget:
+        model, state = target.model, "HEALTHY"
+        if target.is_cooling_down:
+            state = "COOLING_DOWN"
+        if not target.is_healthy:
+            state = "UNHEALTHY"
+        message = models_pb2.RouteTarget(
+            model=model.card.name,
+            state=f"ROUTE_TARGET_STATE_{state}",
+            weight=target.weight,
+            failures_in_a_row=target.failures_in_a_row,
+        )
+        measured = _speed_message(model, self.speeds.of(model.card.name))
+        if measured.ListFields():
+            message.measured_speed.CopyFrom(measured)
+        return message
 
     async def _models(self, rpc: Rpc) -> Sequence[ServedModel]:
         async def work(call: Call) -> Sequence[ServedModel]:
@@ -76,6 +99,7 @@ def model_message(model: ServedModel, *, speed: ModelSpeed, price: ListedPrice |
         quantization=card.quantization,
         parameter_count=card.parameter_count,
         license=card.license,
+        provider=card.provider,
         capabilities=models_pb2.ModelCapabilities(
             options=sorted(model.options),
             determinism_class=f"DETERMINISM_CLASS_{model.determinism.name}",

@@ -79,6 +79,14 @@ def _unsupported(error: errors.UnsupportedOption) -> dict[str, str]:
     return {key: _clip(name, MAX_NAME_BYTES) for key, name in names.items()}
 
 
+def _provider(error: Exception) -> dict[str, str]:
+    said: errors.ProviderStatus | None = getattr(error, "provider_status", None)
+    if said is None:
+        return {}
+    metadata = {"provider": said.provider, "provider_status": said.status, "provider_code": said.code}
+    return {key: _clip(str(value), MAX_NAME_BYTES) for key, value in metadata.items() if value is not None}
+
+
 def _resource(error: errors.ModelNotFound, _prefix: str) -> list[Message]:
     return [
         error_details_pb2.ResourceInfo(
@@ -96,6 +104,8 @@ def _quota(error: errors.RateLimited | errors.BudgetHeld | errors.BudgetSpent, p
 
 
 def _retry(error: Any, _prefix: str) -> list[Message]:
+    if error.retry_after is None:
+        return []
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(round(error.retry_after * 1000))
     return [error_details_pb2.RetryInfo(retry_delay=delay)]
@@ -111,6 +121,7 @@ TABLE: Mapping[type[errors.HeadraceError], _Row] = {
     errors.Overloaded: _Row(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED", details=_retry),
     errors.QueueFull: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", details=_retry),
     errors.QueueTimeout: _Row(_CODE.RESOURCE_EXHAUSTED, "QUEUE_TIMEOUT", details=_retry),
+    errors.ProviderLimited: _Row(_CODE.RESOURCE_EXHAUSTED, "PROVIDER_LIMITED", details=_retry),
     errors.RateLimited: _Row(_CODE.RESOURCE_EXHAUSTED, "RATE_LIMITED", details=_quota),
     errors.BudgetHeld: _Row(_CODE.RESOURCE_EXHAUSTED, "BUDGET_HELD", details=_quota),
     errors.BudgetSpent: _Row(_CODE.RESOURCE_EXHAUSTED, "BUDGET_SPENT", details=_quota),
@@ -124,7 +135,8 @@ TABLE: Mapping[type[errors.HeadraceError], _Row] = {
     errors.NoLedger: _Row(_CODE.FAILED_PRECONDITION, "NO_LEDGER"),
     errors.LedgerUnavailable: _Row(_CODE.UNAVAILABLE, "LEDGER_UNAVAILABLE", details=_retry),
     errors.BackendError: _Row(_CODE.INTERNAL, "BACKEND_ERROR"),
-    errors.BackendUnavailable: _Row(_CODE.UNAVAILABLE, "BACKEND_UNAVAILABLE"),
+    errors.BackendUnavailable: _Row(_CODE.UNAVAILABLE, "BACKEND_UNAVAILABLE", details=_retry),
+    errors.ProviderRefused: _Row(_CODE.INTERNAL, "PROVIDER_REFUSED"),
 }
 """A subclass that is not in it, such as a plugin's own, counts as its nearest base."""
 
@@ -145,7 +157,7 @@ def failure_of(error: Exception, *, request_id: str, field_prefix: str = "") -> 
         if isinstance(error, errors.BackendError):
             logger.warning("backend_failed", exc_info=error)
     details = [
-        error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=row.metadata(error)),
+        error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=row.metadata(error) | _provider(error)),
         error_details_pb2.RequestInfo(request_id=request_id),
         *row.details(error, field_prefix),
     ]

@@ -56,7 +56,9 @@ class Tokenization:
         async def work_on(call: Call) -> T:
             if call.model is None:
                 raise RuntimeError("a call passed the front without a model. This is a bug")
-            return await self.application.run_blocking(work, call.model)
+            # A route has the tokens of the first of its models that can count.
+            counting = (target.model for target in call.targets if target.model.tokenizer is not None)
+            return await self.application.run_blocking(work, next(counting, call.model))
 
         return await run_in_front(self.application, rpc.begin(request), work_on, resolve_model=True)
 

@@ -1,0 +1,50 @@
+"""What several dialects need of a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from headrace.backends.errors import InvalidArgument
+from headrace.backends.types import ChatInput, ChatMessage, Role
+
+
+def json_object(text: str, field: str) -> dict[str, Any]:
+    """The object that ``text`` is. Raises InvalidArgument for ``field``."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(field, "must be a JSON object, and cannot be read as one") from error
+    if not isinstance(value, dict):
+        raise InvalidArgument(field, f"must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def split_system(chat: ChatInput) -> tuple[str | None, list[tuple[int, ChatMessage]]]:
+    """The system prompt, and the other messages with their indexes, for APIs that take it apart from them. Raises
+    InvalidArgument if there are no others, or one of the system stands among them.
+    """
+    messages = list(enumerate(chat.messages))
+    num_system = next((i for i, message in messages if message.role is not Role.SYSTEM), len(messages))
+    rest = messages[num_system:]
+    if not rest:
+        raise InvalidArgument("chat.messages", "must have one that is not the system's")
+    for i, message in rest:
+        if message.role is Role.SYSTEM:
+            problem = "must not be the system's after others: this model's provider takes its prompt apart from them"
+            raise InvalidArgument(f"chat.messages[{i}].role", problem)
+    return "\n\n".join(message.text for _, message in messages[:num_system]) or None, rest
+
+
+def called_tools(messages: Iterable[tuple[int, ChatMessage]]) -> dict[str, str]:
+    """The names of the tools that were called, by the ids of the calls. Raises InvalidArgument for a result whose call
+    is not among the messages before it.
+    """
+    names: dict[str, str] = {}
+    for i, message in messages:
+        names |= {call.id: call.name for call in message.tool_calls}
+        if message.role is Role.TOOL and message.tool_call_id not in names:
+            problem = f"must be the id of a call in a message before it, got {message.tool_call_id!r}"
+            raise InvalidArgument(f"chat.messages[{i}].tool_call_id", problem)
+    return names

@@ -1,0 +1,390 @@
+"""Google's Gemini API, ``streamGenerateContent`` (https://ai.google.dev/api/generate-content), version v1beta."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from headrace.backends.errors import InvalidArgument
+from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat
+from headrace.backends.remote.dialect import Problem, StreamFailed
+from headrace.backends.remote.dialects.chat import called_tools, json_object, split_system
+from headrace.backends.remote.dialects.counts import count
+from headrace.backends.remote.options import RemoteModelOptions
+from headrace.backends.remote.sse import ServerSentEvent
+from headrace.backends.types import (
+    Call,
+    ChatInput,
+    ChatMessage,
+    ChoiceFinish,
+    Delta,
+    Event,
+    FinishReason,
+    NamedTool,
+    Reasoning,
+    Role,
+    TokenLogprob,
+    ToolCallDelta,
+    ToolChoiceMode,
+    TopLogprob,
+    Usage,
+)
+
+_MAX_TEMPERATURE = 2
+_MAX_STOP_SEQUENCES = 5
+_MAX_SEED = 2**31 - 1
+_ANY_BUDGET = -1
+"""``thinkingBudget``: as much as the model finds right."""
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+_CHOICE_MODES = {ToolChoiceMode.AUTO: "AUTO", ToolChoiceMode.REQUIRED: "ANY", ToolChoiceMode.NONE: "NONE"}
+_FAILURES = {
+    "MALFORMED_FUNCTION_CALL",
+    "MALFORMED_RESPONSE",
+    "MISSING_THOUGHT_SIGNATURE",
+    "TOO_MANY_TOOL_CALLS",
+    "UNEXPECTED_TOOL_CALL",
+}
+"""Reasons that leave no answer. What is not known, and neither STOP nor MAX_TOKENS, is a filter: SAFETY, RECITATION,
+LANGUAGE, BLOCKLIST, PROHIBITED_CONTENT, SPII, OTHER …"""
+_NO_SIGNATURE = "skip_thought_signature_validator"
+"""For calls of tools that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures#faqs."""
+_MADE_ID = "headrace-"
+"""The beginning of ids of calls to which the provider gave none."""
+_BEFORE_SIGNATURE = "~"
+
+
+class GeminiExtension(BaseModel):
+    """``extensions["gemini"]``: fields of the API's by their names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    thinkingLevel: Literal["MINIMAL", "LOW", "MEDIUM", "HIGH"] | None = None  # noqa: N815 -- the API's name
+    """How much a model thinks that takes no number of tokens."""
+
+
+class GeminiDialect:
+    """The dialect ``gemini``."""
+
+    name: ClassVar[str] = "gemini"
+    base_url: ClassVar[str | None] = "https://generativelanguage.googleapis.com/v1beta"
+    options: ClassVar[frozenset[str]] = frozenset(
+        {
+            "chat.messages.role",
+            "chat.messages.content.text",
+            "chat.messages.tool_calls.id",
+            "chat.messages.tool_calls.name",
+            "chat.messages.tool_calls.arguments_json",
+            "chat.messages.tool_call_id",
+            "chat.tools.name",
+            "chat.tools.description",
+            "chat.tools.parameters_json_schema",
+            "chat.tool_choice.mode",
+            "chat.tool_choice.name",
+            "sampling.temperature",
+            "sampling.top_k",
+            "sampling.top_p",
+            "sampling.presence_penalty",
+            "sampling.frequency_penalty",
+            "stopping.max_new_tokens",
+            "stopping.stop_sequences",
+            "structured_output.json_schema",
+            "structured_output.choice.texts",
+            "reasoning.enabled",
+            "reasoning.max_reasoning_tokens",
+            "reasoning.include_text",
+            "response.logprobs",
+            "response.top_logprobs",
+            "determinism.seed",
+            "n",
+        }
+    )
+    max_n: ClassVar[int] = 8
+    max_top_logprobs: ClassVar[int] = 20
+    extension: ClassVar[type[BaseModel] | None] = GeminiExtension
+
+    def headers(self, key: str | None) -> Mapping[str, str]:
+        return {} if key is None else {"x-goog-api-key": key}
+
+    def path(self, model: RemoteModelOptions) -> str:
+        assert model.model is not None
+        name = model.model if "/" in model.model else f"models/{model.model}"
+        return f"/{name}:streamGenerateContent?alt=sse"
+
+    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+        chat = call.request.input
+        assert isinstance(chat, ChatInput)
+        system, messages = split_system(chat)
+        body: dict[str, Any] = {"contents": _contents(messages), "generationConfig": _config(call, model)}
+        if system is not None:
+            body["systemInstruction"] = {"parts": [{"text": system}]}
+        if chat.tools:
+            body["tools"] = [{"functionDeclarations": _declarations(chat)}]
+            body["toolConfig"] = {"functionCallingConfig": _calling(chat)}
+        return body
+
+    def reader(self, call: Call, usage: Usage) -> GeminiReader:
+        return GeminiReader(call, usage)
+
+    def problem(self, body: bytes) -> Problem:
+        try:
+            data = json.loads(body)
+            return _problem((data[0] if isinstance(data, list) else data)["error"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return Problem()
+
+
+def _contents(messages: Sequence[tuple[int, ChatMessage]]) -> list[dict[str, Any]]:
+    """Turns of user and model, in alternation."""
+    if messages[-1][1].role is Role.ASSISTANT:
+        raise InvalidArgument("chat.messages", "must not end with the assistant's for this model's provider")
+    names = called_tools(messages)
+    contents: list[dict[str, Any]] = []
+    for i, message in messages:
+        parts = _parts(f"chat.messages[{i}]", message, names)
+        if not parts:
+            raise InvalidArgument(f"chat.messages[{i}].content", "must not be empty for this model's provider")
+        role = "model" if message.role is Role.ASSISTANT else "user"
+        if contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        else:
+            contents.append({"role": role, "parts": parts})
+    return contents
+
+
+def _parts(path: str, message: ChatMessage, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    if message.role is Role.TOOL:
+        assert message.tool_call_id is not None
+        own_id, _ = _read_id(message.tool_call_id)
+        result = {"name": names[message.tool_call_id], "response": {"output": message.text}}
+        return [{"functionResponse": own_id | result}]
+    parts: list[dict[str, Any]] = [{"text": message.text}] if message.text else []
+    for i, call in enumerate(message.tool_calls):
+        own_id, signature = _read_id(call.id)
+        arguments = json_object(call.arguments_json, f"{path}.tool_calls[{i}].arguments_json")
+        part: dict[str, Any] = {"functionCall": own_id | {"name": call.name, "args": arguments}}
+        if signature or i == 0:
+            part["thoughtSignature"] = signature or _NO_SIGNATURE
+        parts.append(part)
+    return parts
+
+
+def _write_id(own_id: str | None, signature: str | None, made_id: str) -> str:
+    """The id of a call, with the signature that the provider wants back with it: a conversation has no other place for
+    it.
+    """
+    return (own_id or made_id) + (f"{_BEFORE_SIGNATURE}{signature}" if signature else "")
+
+
+def _read_id(call_id: str) -> tuple[dict[str, str], str]:
+    """The id as a part has it, and the signature if there is one."""
+    own_id, _, signature = call_id.partition(_BEFORE_SIGNATURE)
+    return {} if own_id.startswith(_MADE_ID) else {"id": own_id}, signature
+
+
+def _config(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+    request = call.request
+    sampling, stops = request.sampling, request.stopping.stop_sequences
+    config: dict[str, Any] = {"maxOutputTokens": call.max_new_tokens}
+    for name, its_name in _SAMPLING.items():
+        if f"sampling.{name}" in request.options:
+            config[its_name] = getattr(sampling, name)
+    if (sampling.temperature or 0) > _MAX_TEMPERATURE:
+        problem = f"must be at most {_MAX_TEMPERATURE} for this model's provider, got {sampling.temperature}"
+        raise InvalidArgument("sampling.temperature", problem)
+    if len(stops) > _MAX_STOP_SEQUENCES:
+        problem = f"must have at most {_MAX_STOP_SEQUENCES} entries for this model's provider, got {len(stops)}"
+        raise InvalidArgument("stopping.stop_sequences", problem)
+    if stops:
+        config["stopSequences"] = list(stops)
+    if request.n > 1:
+        config["candidateCount"] = request.n
+    if request.seed is not None:
+        if request.seed > _MAX_SEED:
+            problem = f"must be at most {_MAX_SEED} for this model's provider, got {request.seed}"
+            raise InvalidArgument("determinism.seed", problem)
+        config["seed"] = request.seed
+    if request.response.logprobs:
+        config["responseLogprobs"] = True
+        if request.response.top_logprobs:
+            config["logprobs"] = request.response.top_logprobs
+    match request.output_format:
+        case JsonSchemaFormat(schema):
+            config["responseMimeType"] = "application/json"
+            config["responseJsonSchema"] = json_object(schema, "structured_output.json_schema")
+        case ChoiceFormat(texts):
+            config["responseMimeType"] = "text/x.enum"
+            config["responseSchema"] = {"type": "STRING", "enum": list(texts)}
+    extension = call.extensions.get(GeminiDialect.name)
+    level = extension.thinkingLevel if isinstance(extension, GeminiExtension) else None
+    if (thinking := _thinking(request.reasoning, level, model)) is not None:
+        config["thinkingConfig"] = thinking
+    return config
+
+
+def _thinking(reasoning: Reasoning, level: str | None, model: RemoteModelOptions) -> dict[str, Any] | None:
+    """``None``: as the model has it; one that does not think takes nothing else."""
+    if level is not None:
+        if reasoning.enabled is False or reasoning.max_reasoning_tokens is not None:
+            problem = "must be unset with reasoning.max_reasoning_tokens, or where reasoning.enabled is false"
+            raise InvalidArgument("extensions.gemini.thinkingLevel", problem)
+        return {"thinkingLevel": level, "includeThoughts": reasoning.include_text}
+    if reasoning.enabled is False or reasoning.max_reasoning_tokens == 0:
+        return {"thinkingBudget": 0}
+    if reasoning.max_reasoning_tokens is not None:
+        return {"thinkingBudget": reasoning.max_reasoning_tokens, "includeThoughts": reasoning.include_text}
+    if reasoning.enabled:
+        return {"thinkingBudget": _ANY_BUDGET, "includeThoughts": reasoning.include_text}
+    if model.reasoning:
+        return {"includeThoughts": reasoning.include_text}
+    return None
+
+
+def _declarations(chat: ChatInput) -> list[dict[str, Any]]:
+    declarations = []
+    for i, definition in enumerate(chat.tools):
+        declaration: dict[str, Any] = {"name": definition.name}
+        if definition.description is not None:
+            declaration["description"] = definition.description
+        if (schema := definition.parameters_json_schema) is not None:
+            declaration["parametersJsonSchema"] = json_object(schema, f"chat.tools[{i}].parameters_json_schema")
+        declarations.append(declaration)
+    return declarations
+
+
+def _calling(chat: ChatInput) -> dict[str, Any]:
+    if isinstance(chat.tool_choice, NamedTool):
+        return {"mode": "ANY", "allowedFunctionNames": [chat.tool_choice.name]}
+    return {"mode": _CHOICE_MODES[chat.tool_choice]}
+
+
+class GeminiReader:
+    """Reads one answer: each event is a ``GenerateContentResponse``.
+
+    A candidate's reason may come with every event, so that only the end of the stream tells which is the last.
+    """
+
+    def __init__(self, call: Call, usage: Usage) -> None:
+        self.finished = False
+        self.reported_version: str | None = None
+        self._usage = usage
+        self._request = call.request
+        self._id_of_call = hashlib.sha256(call.request_id.encode()).hexdigest()[:16]
+        self._reasons: dict[int, FinishReason] = {}
+        """By the candidate's index."""
+        self._num_tool_calls: dict[int, int] = {}
+
+    def read(self, event: ServerSentEvent) -> Sequence[Event]:
+        return list(self._read(json.loads(event.data)))
+
+    def end(self) -> Sequence[Event]:
+        if len(self._reasons) < self._request.n:
+            raise EOFError
+        self.finished = True
+        return [
+            ChoiceFinish(choice, self._reason(choice), seed=self._request.seed) for choice in range(self._request.n)
+        ]
+
+    def _read(self, data: Any) -> Iterator[Event]:
+        if (error := data.get("error")) is not None:
+            status = error.get("code")
+            raise StreamFailed(_problem(error), status=status if isinstance(status, int) else None)
+        if (version := data.get("modelVersion")) is not None:
+            self.reported_version = version
+        self._count(data.get("usageMetadata") or {})
+        if (data.get("promptFeedback") or {}).get("blockReason") is not None:
+            self._reasons = dict.fromkeys(range(self._request.n), FinishReason.CONTENT_FILTER)
+            self._usage.output_tokens = self._usage.output_tokens or 0
+        for candidate in data.get("candidates") or ():
+            choice = candidate.get("index", 0)
+            if not 0 <= choice < self._request.n:
+                raise ValueError(f"there is no candidate {choice}")
+            for part in (candidate.get("content") or {}).get("parts") or ():
+                yield from self._read_part(choice, part)
+            if logprobs := self._logprobs(candidate.get("logprobsResult") or {}):
+                yield Delta(choice, "", logprobs=logprobs)
+            if (reason := candidate.get("finishReason")) is not None:
+                self._end_choice(choice, reason, candidate.get("finishMessage"))
+
+    def _read_part(self, choice: int, part: Mapping[str, Any]) -> Iterator[Event]:
+        if call := part.get("functionCall"):
+            index = self._num_tool_calls.get(choice, 0)
+            self._num_tool_calls[choice] = index + 1
+            made_id = f"{_MADE_ID}{self._id_of_call}-{choice}-{index}"
+            call_id = _write_id(call.get("id"), part.get("thoughtSignature"), made_id)
+            arguments = json.dumps(call.get("args") or {}, ensure_ascii=False)
+            yield Delta(choice, "", tool_calls=(ToolCallDelta(index, call_id, call["name"], arguments),))
+        elif not (text := part.get("text")):
+            return  # a signature of its own, or what one of the provider's own tools did
+        elif not part.get("thought"):
+            yield Delta(choice, text)
+        elif self._request.reasoning.include_text:
+            yield Delta(choice, "", reasoning_text=text)
+
+    def _logprobs(self, result: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+        if not self._request.response.logprobs:
+            return ()
+        chosen = result.get("chosenCandidates") or ()
+        top = [place.get("candidates") or () for place in result.get("topCandidates") or ()]
+        top += [()] * (len(chosen) - len(top))
+        return tuple(
+            TokenLogprob(
+                one.get("tokenId"),
+                one["token"].encode(),
+                one.get("logProbability", 0.0),
+                tuple(
+                    TopLogprob(other.get("tokenId"), other["token"].encode(), other.get("logProbability", 0.0))
+                    for other in others[: self._request.response.top_logprobs]
+                ),
+            )
+            for one, others in zip(chosen, top, strict=False)
+        )
+
+    def _end_choice(self, choice: int, reason: str, message: str | None) -> None:
+        if reason in _FAILURES:
+            raise StreamFailed(Problem(message or "", reason))
+        known = {"STOP": FinishReason.EOS_TOKEN, "MAX_TOKENS": FinishReason.MAX_TOKENS}
+        self._reasons[choice] = known.get(reason, FinishReason.CONTENT_FILTER)
+
+    def _reason(self, choice: int) -> FinishReason:
+        reason = self._reasons[choice]
+        if reason is FinishReason.EOS_TOKEN and choice in self._num_tool_calls:
+            return FinishReason.TOOL_CALLS
+        return reason
+
+    def _count(self, usage: Mapping[str, Any]) -> None:
+        """Counts are cumulative. Thoughts stand beside the candidates, results of the provider's own tools beside the
+        prompt; ours include them. What was cached is in the prompt.
+        """
+        prompt, results = count(usage, "promptTokenCount"), count(usage, "toolUsePromptTokenCount")
+        if prompt is not None:
+            self._usage.input_tokens = prompt + (results or 0)
+            self._usage.cache_read_input_tokens = count(usage, "cachedContentTokenCount")
+        answer, thoughts = count(usage, "candidatesTokenCount"), count(usage, "thoughtsTokenCount")
+        if answer is not None or thoughts is not None:
+            self._usage.output_tokens = (answer or 0) + (thoughts or 0)
+            self._usage.reasoning_output_tokens = thoughts
+
+
+def _problem(error: Mapping[str, Any]) -> Problem:
+    """Of a ``google.rpc.Status`` as JSON, with its details."""
+    details = [detail for detail in error.get("details") or () if isinstance(detail, dict)]
+    reason = next((detail["reason"] for detail in details if isinstance(detail.get("reason"), str)), None)
+    delay = next((detail["retryDelay"] for detail in details if isinstance(detail.get("retryDelay"), str)), "")
+    seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", delay)
+    message, status = error.get("message"), error.get("status")
+    return Problem(
+        message if isinstance(message, str) else "",
+        reason or (status if isinstance(status, str) else None),
+        float(seconds[1]) if seconds else None,
+    )

@@ -1,0 +1,100 @@
+"""The built-in backend ``remote``: models of providers that are reached over HTTP.
+
+    [backends.remote.providers.openai]
+    dialect = "openai"
+    api_key = "env:OPENAI_API_KEY"
+
+    [backends.remote.providers.openai.models.fast]
+    model = "gpt-4o-mini"
+    context_length = 128000
+
+What is offered is what the settings say: nobody is asked when the server starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCard, WholeCallModel
+from headrace.backends.errors import BackendError, ModelNotFound
+from headrace.backends.hookspecs import hookimpl
+from headrace.backends.remote.dialect import Dialect
+from headrace.backends.remote.dialects.table import DIALECTS
+from headrace.backends.remote.keys import Keys
+from headrace.backends.remote.limits import Gate
+from headrace.backends.remote.options import ProviderOptions, RemoteModelOptions, RemoteOptions
+from headrace.backends.remote.provider import Provider
+
+
+class RemoteBackend:
+    """Offers the models of its providers."""
+
+    name: ClassVar[str] = "remote"
+    api_version: ClassVar[tuple[int, int]] = API_VERSION
+    Options: ClassVar[type[BaseModel]] = RemoteOptions
+    dialects: ClassVar[Mapping[str, Dialect]] = DIALECTS
+
+    def __init__(self, options: RemoteOptions, context: BackendContext) -> None:  # noqa: ARG002  # the contract's
+        """Raises BackendError for settings that cannot be, by their path."""
+        self._models: dict[str, tuple[Provider, RemoteModelOptions]] = {}
+        for name, one in options.providers.items():
+            provider = self._provider(name, one)
+            for model, model_options in one.models.items():
+                if model in self._models:
+                    other = self._models[model][0].name
+                    raise BackendError(f"providers.{name}.models.{model}: provider {other!r} has one of that name")
+                named = model_options.model_copy(update={"model": model_options.model or model})
+                self._models[model] = provider, named
+
+    def list_models(self) -> Sequence[ModelCard]:
+        return [_card(name, provider, options) for name, (provider, options) in self._models.items()]
+
+    def load(self, name: str) -> WholeCallModel:
+        """Reads the authorities of certificates. Raises BackendError if that fails, or aiohttp is not installed."""
+        if name not in self._models:
+            raise ModelNotFound(name, tuple(self._models))
+        try:
+            from headrace.backends.remote.model import RemoteModel
+        except ImportError as error:
+            raise BackendError("remote models need aiohttp: pip install 'headrace[remote]'") from error
+        provider, options = self._models[name]
+        try:
+            return RemoteModel(_card(name, provider, options), options, provider)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise BackendError(f"providers.{provider.name}.ca_file: cannot be read: {reason}") from error
+
+    def _provider(self, name: str, options: ProviderOptions) -> Provider:
+        dialect = self.dialects.get(options.dialect)
+        if dialect is None:
+            there_is = ", ".join(self.dialects)
+            raise BackendError(f"providers.{name}.dialect: no such dialect, {options.dialect!r}; there is {there_is}")
+        if options.base_url is None and dialect.base_url is None:
+            raise BackendError(f"providers.{name}.base_url: must be set, for {dialect.name!r} is no provider's own")
+        keys = Keys(name, options.api_key, options.tenant_api_keys)
+        gate = Gate(
+            name,
+            max_concurrent=options.max_concurrent,
+            requests_per_minute=options.requests_per_minute,
+            clock=time.monotonic,
+        )
+        return Provider(name, options, dialect, keys, gate)
+
+
+def _card(name: str, provider: Provider, options: RemoteModelOptions) -> ModelCard:
+    return ModelCard(
+        name=name,
+        context_length=options.context_length,
+        provider=provider.name,
+        provider_model=options.model,
+        revision=options.revision,
+    )
+
+
+@hookimpl
+def headrace_backends() -> Sequence[type[Backend]]:
+    return [RemoteBackend]

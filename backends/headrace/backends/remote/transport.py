@@ -1,0 +1,112 @@
+"""The way to a provider: HTTP by aiohttp (docs/adr/0021-remote-http-client.md says why), and its connections.
+
+No redirect is followed, no variable of the environment chooses a proxy, certificates are always checked, and nothing is
+asked for in a compressed form: a few bytes cannot become many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+
+import aiohttp
+from yarl import URL
+
+from headrace.backends.remote.failures import TRANSPORT_ERRORS
+
+_HEADERS = {
+    "Accept": "text/event-stream",
+    "Accept-Encoding": "identity",
+    "Content-Type": "application/json",
+    "User-Agent": "headrace",
+}
+_KEEP_ALIVE_SECONDS = 30.0
+_CLOSING_SECONDS = 5.0
+_LAST_CHUNK_SECONDS = 0.05
+_MAX_LEFT_BYTES = 65_536
+"""Of an answer that is complete, what else may come before its connection is given up."""
+
+
+class HttpClient:
+    """Connections to one address, kept for later calls: a pool for each event loop, opened when it is first used."""
+
+    def __init__(self, url: str, *, connect_seconds: float, proxy: str | None, ca_file: Path | None) -> None:
+        """Blocks while it reads the authorities. Raises OSError if that fails. ``url`` is sent as it is: its path and
+        query are quoted already.
+        """
+        self._url = URL(url, encoded=True)
+        self._proxy = proxy
+        self._tls = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        self._timeout = aiohttp.ClientTimeout(sock_connect=connect_seconds)
+        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+
+    async def post(self, headers: Mapping[str, str], body: bytes) -> aiohttp.ClientResponse:
+        """The head of the answer; whoever gets it closes or ``finish``es it. Raises one of ``TRANSPORT_ERRORS``."""
+        return await self._session().post(
+            self._url,
+            data=body,
+            headers={**_HEADERS, **headers},
+            proxy=self._proxy,
+            allow_redirects=False,
+        )
+
+    def close(self) -> None:
+        """Closes every connection. Waits for that, but on an event loop of its own."""
+        sessions, self._sessions = self._sessions, {}
+        for loop, session in sessions.items():
+            if loop.is_running():
+                closing = asyncio.run_coroutine_threadsafe(_close(session), loop)
+                if not _is_here(loop):
+                    closing.result(_CLOSING_SECONDS)
+            elif not loop.is_closed():
+                loop.run_until_complete(_close(session))
+
+    def _session(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        session = self._sessions.get(loop)
+        if session is None:
+            # The limits of the settings hold, not those of a pool.
+            connector = aiohttp.TCPConnector(
+                limit=0, ssl=self._tls, keepalive_timeout=_KEEP_ALIVE_SECONDS, resolver=aiohttp.ThreadedResolver()
+            )
+            session = self._sessions[loop] = aiohttp.ClientSession(
+                connector=connector,
+                timeout=self._timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
+            )
+        return session
+
+
+async def finish(response: aiohttp.ClientResponse) -> None:
+    """Keeps the connection of an answer that is complete, if its end is there or about to come; closes it otherwise."""
+    left = _MAX_LEFT_BYTES
+    with contextlib.suppress(*TRANSPORT_ERRORS):
+        async with asyncio.timeout(_LAST_CHUNK_SECONDS):
+            while left > 0 and (piece := await response.content.readany()):
+                left -= len(piece)
+    response.close()  # does nothing if the end was read: the connection is in the pool again
+
+
+async def read_some(response: aiohttp.ClientResponse, num_bytes: int) -> bytes:
+    """The beginning of a body. Raises one of ``TRANSPORT_ERRORS``."""
+    body = bytearray()
+    while len(body) < num_bytes and (piece := await response.content.readany()):
+        body += piece
+    return bytes(body[:num_bytes])
+
+
+async def _close(session: aiohttp.ClientSession) -> None:
+    await session.close()
+    await asyncio.sleep(0)  # the loop closes the sockets a moment later
+
+
+def _is_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
