@@ -19,6 +19,8 @@ from tests.plugin_kit import Install, installer
 # The ledger of servers that are started as a user would: not the user's own.
 os.environ["HEADRACE_STATE_DIR"] = tempfile.mkdtemp(prefix="headrace-tests-")
 atexit.register(shutil.rmtree, os.environ["HEADRACE_STATE_DIR"], ignore_errors=True)
+# Tests of what runs ask the same again and again, and it is to run each time; those of the cache switch it on.
+os.environ["HEADRACE_RESPONSE_CACHE"] = "none"
 
 # A busy machine is no failure.
 settings.register_profile("headrace", deadline=None)

@@ -16,8 +16,10 @@ try {
         process.stdout.write(`\n\n${response.finish.reason}`);
         break;
       case "end": {
-        const { usage, model } = response.end;
-        process.stdout.write(` · ${usage.inputTokens} + ${usage.outputTokens} tokens · ${model}\n`);
+        const { usage, model, cacheStatus } = response.end;
+        const used =
+          cacheStatus === "CACHE_STATUS_HIT" ? "a stored answer" : `${usage.inputTokens} + ${usage.outputTokens} tokens`;
+        process.stdout.write(` · ${used} · ${model}\n`);
         break;
       }
     }

@@ -123,6 +123,7 @@ OTHERS: dict[str, list[Any]] = {
     "strict": [True],
     "clamp_to_budget": [True],
     "use_prefix_cache": [False],
+    "response_caching": [types.ResponseCaching(no_store=True), types.ResponseCaching(namespace="a")],
     "extensions": [{"a": {"b": 1}}, {"a": {"b": True}}, {"a": {"b": "1"}}, {"b": {"a": 1}}],
     "options": [frozenset({"text"}), frozenset({"text", "n"})],
 }

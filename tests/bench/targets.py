@@ -104,7 +104,7 @@ async def _engine(models_dir: str) -> AsyncIterator[Target]:
     from headrace.server.app import running_app
     from headrace.server.config import Settings
 
-    async with running_app(Settings(models_dir=Path(models_dir))) as app:
+    async with running_app(Settings(models_dir=Path(models_dir), response_cache=None)) as app:
         yield _Engine(app)
 
 

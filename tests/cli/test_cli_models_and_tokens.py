@@ -7,6 +7,7 @@ import json
 from click.testing import CliRunner, Result
 
 from headrace.cli.main import cli
+from headrace.v1 import models_pb2
 from tests.clients.fake_server import FakeServer
 
 
@@ -83,3 +84,41 @@ def test_tokens_as_json(server: FakeServer):
     tokenization = json.loads(run(server, "tokenize", "Hi", "--json", "-m", "m").stdout)
     assert tokenization["tokens"][1] == {"id": 105, "bytes": "i", "start": 1, "end": 2}
     assert server.requests[-1].model == "m"
+
+
+ROUTE = models_pb2.Model(
+    name="assistant",
+    backend="route",
+    limits=models_pb2.ModelLimits(context_length=8192),
+    targets=[
+        models_pb2.RouteTarget(
+            model="fake-1",
+            state=models_pb2.ROUTE_TARGET_STATE_HEALTHY,
+            weight=3,
+            measured_speed=models_pb2.MeasuredSpeed(decode_tokens_per_second=135),
+        ),
+        models_pb2.RouteTarget(
+            model="gpt", state=models_pb2.ROUTE_TARGET_STATE_COOLING_DOWN, weight=1, failures_in_a_row=5
+        ),
+    ],
+)
+GPT = models_pb2.Model(
+    name="gpt", backend="remote", provider="openai", limits=models_pb2.ModelLimits(context_length=128000)
+)
+
+
+def test_routes_and_providers_have_columns_where_there_are_any(server: FakeServer):
+    server.models = [ROUTE, GPT]
+    assert run(server, "models", "list").stdout == (
+        "MODEL      STATE  BACKEND  PARAMETERS  WEIGHTS  CONTEXT  DETERMINISM  LICENSE  PROVIDER  LEADS TO\n"
+        "assistant  -      route    -           -        8,192    -            -        -         fake-1, gpt\n"
+        "gpt        -      remote   -           -        128,000  -            -        openai    -\n"
+    )
+
+
+def test_show_tells_how_the_models_of_a_route_are(server: FakeServer):
+    server.models = [ROUTE, GPT]
+    shown = run(server, "models", "show", "assistant").stdout.splitlines()
+    assert "leads to        fake-1 (healthy, weight 3, 135 tokens/s)" in shown
+    assert "                gpt (cooling down, weight 1, 5 failures in a row)" in shown
+    assert "provider        openai" in run(server, "models", "show", "gpt").stdout.splitlines()

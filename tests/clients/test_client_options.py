@@ -40,6 +40,9 @@ SAMPLES = {
     "on_expiry": "error",
     "prefix_cache": "bypass",
     "response_cache": "use",
+    "response_cache_max_age": 2.5,
+    "response_cache_ttl": dt.timedelta(minutes=1),
+    "response_cache_namespace": "a",
 }
 
 
@@ -94,6 +97,9 @@ def test_values_arrive_as_the_proto_has_them():
     assert spec.scheduling.queue_timeout.ToMilliseconds() == 250
     assert spec.scheduling.latency_class == generation_pb2.LATENCY_CLASS_VOICE
     assert spec.cache.prefix == generation_pb2.CACHE_MODE_BYPASS
+    assert spec.cache.response == generation_pb2.CACHE_MODE_USE
+    assert spec.cache.response_max_age.ToMilliseconds() == 2500
+    assert spec.cache.response_ttl.ToMilliseconds() == 60_000
     assert spec.budget_policy == generation_pb2.BUDGET_POLICY_CLAMP
     assert list(spec.structured_output.choice.texts) == ["yes", "no"]
     assert dict(spec.sampling.logit_bias) == {42: -100.0}

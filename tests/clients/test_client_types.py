@@ -37,6 +37,7 @@ MIRRORS = [
     (types.ModelCapabilities, models_pb2.ModelCapabilities),
     (types.ModelLimits, models_pb2.ModelLimits),
     (types.MeasuredSpeed, models_pb2.MeasuredSpeed),
+    (types.RouteTarget, models_pb2.RouteTarget),
     (types.SamplingDefaults, generation_pb2.SamplingOptions),
     (types.ModelPrice, accounting_pb2.ModelPrice),
     (usage_types.UsageTotals, accounting_pb2.UsageTotals),
@@ -61,6 +62,7 @@ NAMES = [
     (types.CacheStatus, generation_pb2.CacheStatus),
     (types.AttemptOutcome, usage_pb2.AttemptOutcome),
     (types.ModelState, models_pb2.ModelState),
+    (types.RouteTargetState, models_pb2.RouteTargetState),
     (usage_types.UsageDimension, accounting_pb2.UsageDimension),
     (usage_types.ReceiptState, accounting_pb2.ReceiptState),
 ]

@@ -17,6 +17,7 @@ from tests.remote.fakes.script import FAILING_PROMPT
 
 class TestAnthropic(BackendConformance):
     failing_prompt: ClassVar[str] = FAILING_PROMPT
+    settings: ClassVar[dict[str, object]] = {}
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -24,4 +25,10 @@ class TestAnthropic(BackendConformance):
         key = tmp_path_factory.mktemp("keys") / "anthropic"
         key.write_text(KEY)
         with upstream_in_thread(FakeAnthropic(seconds_per_token=0.001)) as upstream:
-            yield remote_backend(upstream.url, "anthropic", provider={"api_key": f"file:{key}"})
+            yield remote_backend(upstream.url, "anthropic", provider={"api_key": f"file:{key}"}, **cls.settings)
+
+
+class TestAnthropicThatRepeatsItself(TestAnthropic):
+    """By its operator's word. The kit tries ``top_k`` at a temperature that this API does not take."""
+
+    settings: ClassVar[dict[str, object]] = {"seeds_are_deterministic": True, "without": ["sampling.top_k"]}

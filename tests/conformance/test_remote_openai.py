@@ -11,8 +11,7 @@ from headrace.backends.remote.plugin import RemoteBackend
 from headrace.backends.testing import BackendConformance
 from tests.remote.asking import remote_backend
 from tests.remote.background import upstream_in_thread
-from tests.remote.fakes import openai_chat
-from tests.remote.fakes.openai_chat import DEEPSEEK, LLAMA_CPP, OLLAMA, OPENAI, VLLM, FakeChat
+from tests.remote.fakes.openai_chat import DEEPSEEK, KEY, LLAMA_CPP, OLLAMA, OPENAI, VLLM, FakeChat
 from tests.remote.fakes.openai_completions import FakeCompletions
 from tests.remote.fakes.openai_responses import FakeResponses
 from tests.remote.fakes.script import FAILING_PROMPT
@@ -24,15 +23,63 @@ _SECONDS_PER_TOKEN = 0.0005
 class RemoteConformance(BackendConformance):
     failing_prompt = FAILING_PROMPT
     dialect: ClassVar[str]
-    handler: ClassVar[Handler]
+    upstream: ClassVar[Handler]
     root: ClassVar[str] = "/v1"
-    model: ClassVar[dict[str, Any]] = {}
+    deterministic: ClassVar[bool] = False
+    model_settings: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteBackend]:
         key = tmp_path_factory.mktemp("keys") / "key"
-        key.write_text(openai_chat.KEY)
-        with upstream_in_thread(cls.handler) as upstream:
-            provider = {"api_key": f"file:{key}"}
-            yield remote_backend(upstream.url + cls.root, cls.dialect, provider=provider, **cls.settings)
+        key.write_text(KEY)
+        with upstream_in_thread(cls.upstream) as upstream:
+            yield remote_backend(
+                upstream.url + cls.root,
+                cls.dialect,
+                provider={"api_key": f"file:{key}"},
+                seeds_are_deterministic=cls.deterministic,
+                **cls.model_settings,
+            )
+
+
+class TestOpenAi(RemoteConformance):
+    dialect = "openai"
+    upstream = FakeChat(OPENAI, seconds_per_token=_SECONDS_PER_TOKEN)
+
+
+class TestOpenAiResponses(RemoteConformance):
+    dialect = "openai-responses"
+    upstream = FakeResponses(seconds_per_token=_SECONDS_PER_TOKEN)
+    deterministic = True
+
+
+class TestOpenAiCompatible(RemoteConformance):
+    dialect = "openai-compatible"
+    upstream = FakeChat(OLLAMA, seconds_per_token=_SECONDS_PER_TOKEN)
+
+
+class TestOpenAiCompletions(RemoteConformance):
+    dialect = "openai-completions"
+    upstream = FakeCompletions(seconds_per_token=_SECONDS_PER_TOKEN)
+
+
+class TestVllm(RemoteConformance):
+    dialect = "vllm"
+    upstream = FakeChat(VLLM, seconds_per_token=_SECONDS_PER_TOKEN)
+    deterministic = True
+
+
+class TestLlamaCpp(RemoteConformance):
+    dialect = "llama-cpp"
+    upstream = FakeChat(LLAMA_CPP, seconds_per_token=_SECONDS_PER_TOKEN)
+
+
+class TestDeepSeek(RemoteConformance):
+    dialect = "deepseek"
+    upstream = FakeChat(DEEPSEEK, seconds_per_token=_SECONDS_PER_TOKEN)
+    root = ""
+
+
+class TestDeepSeekThatReasons(TestDeepSeek):
+    model_settings: ClassVar[dict[str, Any]] = {"reasoning": True, "without": ["sampling.temperature"]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from headrace.backends.api import WholeCallModel
 from headrace.backends.errors import HeadraceError
-from headrace.backends.types import Attempt, Call
+from headrace.backends.types import Attempt, Call, ChoiceFinish, Event
 from headrace.server.app import running_app
 from headrace.server.config import Settings
 from headrace.server.metrics import Metrics
@@ -48,7 +48,7 @@ def answer(*texts: str, finish: str = "stop", usage: Mapping[str, int] | None = 
 
 
 def error_body(message: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    return {"error": {"message": message, "type": None, "param": None, "code": code}}
 
 
 def provider(url: str, *, model: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
@@ -115,3 +115,8 @@ def generate(served: Served, *, timeout: float | None = None, **fields: Any) -> 
 def stream(served: Served, *, timeout: float | None = None, **fields: Any) -> Any:
     message = pb.GenerateStreamRequest(spec=spec(**fields))
     return served.generation.GenerateStream(message, metadata=(("tenant", "acme"),), timeout=timeout)
+
+
+def finish_of(events: Sequence[Event]) -> ChoiceFinish:
+    [finish] = [event for event in events if isinstance(event, ChoiceFinish)]
+    return finish

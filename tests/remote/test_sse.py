@@ -135,8 +135,7 @@ def _by_the_standard(stream: bytes) -> list[ServerSentEvent]:
 def test_an_event_of_too_many_bytes_is_refused(pieces: list[bytes]):
     parser = EventParser(max_event_bytes=100)
     with pytest.raises(ValueError, match="more than 100 bytes"):
-        for piece in pieces:
-            parser.feed(piece)
+        list(map(parser.feed, pieces))
 
 
 def test_many_events_together_may_be_longer_than_one():

@@ -96,16 +96,10 @@ class Upstream:
         """Connections that are open now."""
         return len(self._open)
 
-    @property
-    def port(self) -> int:
-        return self._server.sockets[0].getsockname()[1]
-
-    @property
-    def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
-
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -152,7 +146,8 @@ class Upstream:
         try:
             await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
-                assert await watching == b"", "a client sent something while it was answered"
+                with contextlib.suppress(ConnectionError):  # it goes with a reset if it leaves something unread
+                    assert await watching == b"", "a client sent something while it was answered"
                 self.aborted.append(Aborted(request, time.monotonic()))
                 return False
         finally:

@@ -1,4 +1,4 @@
-"""A backend whose models do what their scripts say, call by call, as a plugin that tests install; and chains around it."""
+"""A backend whose models do what their scripts say, call by call, as a plugin that tests install, and chains to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.backends.api import API_VERSION, BackendContext, Capabilities, DeterminismClass, ModelCard
-from headrace.backends.components import Price
+from headrace.backends.components import CallRecord, Price
 from headrace.backends.errors import (
     BackendError,
     BackendUnavailable,
@@ -49,11 +49,15 @@ from headrace.server.routing.routes import BreakerOptions, RetryOptions, RouteOp
 
 SOURCE = """
 from headrace.backends.hookspecs import hookimpl
-from tests.server.routing_kit import FlakyBackend
+from tests.server.routing_kit import FlakyBackend, Records
 
 @hookimpl
 def headrace_backends():
     return [FlakyBackend]
+
+@hookimpl
+def headrace_usage_sinks():
+    return [Records]
 """
 """Of the plugin, for the fixture ``install``."""
 
@@ -64,8 +68,8 @@ class FlakyModelOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     script: list[str] = Field(default_factory=lambda: ["says hello"])
-    """What each call gets; the last step is for all further ones: ``says TEXT``, ``breaks TEXT``, ``waits``, or the name
-    of an error, with seconds if a provider gives it with a Retry-After."""
+    """What each call gets; the last step is for all further ones: ``says TEXT``, ``breaks TEXT``, ``thinks``,
+    ``waits``, or the name of an error, with seconds if a provider gives it with a Retry-After."""
     context_length: int = 64
     options: list[str] = Field(default_factory=list)
     """Beside the usual ones."""
@@ -172,6 +176,26 @@ class FlakyBackend:
         if name not in self._models:
             raise ModelNotFound(name, tuple(self._models))
         return FlakyModel(name, self._models[name])
+
+
+class NoOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Records:
+    """A usage sink that keeps what it is told."""
+
+    name: ClassVar[str] = "records"
+    api_version: ClassVar[tuple[int, int]] = API_VERSION
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, options: NoOptions) -> None:
+        self.records: list[CallRecord] = []
+
+    async def record(self, record: CallRecord) -> None:
+        self.records.append(record)
+
+    async def close(self) -> None: ...
 
 
 @dataclass

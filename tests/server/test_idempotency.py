@@ -552,7 +552,7 @@ async def test_running_calls_have_a_bound_on_memory_together(ledger: Ledger) -> 
     readers = [Reader(handler, call(key=f"order-{i}")) for i in range(4)]
     for reader in readers:
         await reader.read(1)
-    await until(lambda: sum(not run.kept for run in keys._runs.values()) == len(keys._runs))
+    await until(lambda: sum(not run.broadcast.kept for run in keys._runs.values()) == len(keys._runs))
     assert keys._size < 25_000 + 2000
     assert [await reader.rest() for reader in readers] == ["x" * 100] * 4
     assert keys._size == 0

@@ -615,10 +615,8 @@ class Meter:
         return attempt
 
     def usage(self) -> Usage:
-        """The last attempt's input and output, and what was sent of it."""
-        if not self.attempts:
-            return Usage()
-        usage = self.attempts[-1].usage.copy()
+        """The last attempt's input and output, and what was sent of it, or of a stored answer."""
+        usage = self.attempts[-1].usage.copy() if self.attempts else Usage()
         usage.sent_output_tokens = self.sent_output_tokens
         return usage
 
@@ -731,3 +729,6 @@ Events = AsyncGenerator[Event, None]
 """What a handler gives. Whoever iterates it closes it (``contextlib.aclosing``)."""
 
 Handler = Callable[[Call], Events]
+"""May raise when it is called, or when it is iterated. One that does not look at events can hand on what another gives:
+each generator that events pass costs time.
+"""

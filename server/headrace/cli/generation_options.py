@@ -54,6 +54,9 @@ _FLAGS: Final = (
     ),
     click.option("--seed", type=int, metavar="N", help="Repeat a sampled answer."),
     click.option(
+        "--no-cache", "response_cache", flag_value="bypass", help="Make the answer anew, whatever is stored of it."
+    ),
+    click.option(
         "--latency-class",
         type=click.Choice([name.value for name in LatencyClass]),
         help="How soon the first token is wanted.",

@@ -128,6 +128,7 @@ def summary(report: Report, finishes: Sequence[Finish]) -> str:
         if usage.reasoning_output_tokens and timings.time_to_first_answer_token is not None
         else "",
         f"{timings.output_tokens_per_second:.0f} tokens/s" if timings.output_tokens_per_second is not None else "",
+        "a stored answer" if report.cache_status is CacheStatus.HIT else "",
         f"{report.cost.charge:f} {report.cost.currency}" if report.cost else "",
         *dict.fromkeys(map(_why, finishes)),
     ]

@@ -26,6 +26,9 @@ from headrace.server.accounting.expectations import Expectations
 from headrace.server.accounting.exports import UsageEvents
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.prices import Priced, Prices
+from headrace.server.caching.memory_store import MemoryStore
+from headrace.server.caching.store import Store
+from headrace.server.caching.targets import MEMORY
 from headrace.server.config import Authentication, Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.middleware.accounting import account
@@ -37,6 +40,7 @@ from headrace.server.middleware.idempotency import Idempotency
 from headrace.server.middleware.limits import RateLimits
 from headrace.server.middleware.reporting import UsageReporter
 from headrace.server.middleware.resolve import resolve
+from headrace.server.middleware.response_cache import CACHE_OPTIONS, MAX_ANSWER_BYTES, ResponseCache, without_cache
 from headrace.server.middleware.tokenize import tokenize
 from headrace.server.plugins import Plugin, load_plugins
 from headrace.server.registry import ModelRegistry, ModelState, Served
@@ -84,6 +88,7 @@ class App:
             max_grammar_bytes=settings.max_grammar_bytes,
             max_grammar_seconds=settings.max_grammar_seconds,
             logits_processors=[processor for plugin in self.plugins for processor in plugin.logits_processors],
+            more_options=CACHE_OPTIONS if settings.response_cache is not None else frozenset(),
         )
         middleware = components.make_middleware(settings, self.plugins)
         prices = Prices(
@@ -120,12 +125,26 @@ class App:
             linger=settings.resume_window,
         )
         self._usage_events = self._make_usage_events(now)
+        self._response_cache = self._make_response_cache(now)
         self._run = account(backend, accounting=self.accounting, limits=self._limits)
+        self._run = without_cache(self._run) if self._response_cache is None else self._response_cache.cache(self._run)
         # Innermost first.
         handler = self._reporter.report(self._prepare)
         handler = self._idempotency.replay(handler)
         handler = self._limits.limit(handler, streams=True)
         self.generate = self.front(handler, resolve_model=False)
+
+    def _make_response_cache(self, now: Clock) -> ResponseCache | None:
+        settings = self.settings
+        if settings.response_cache is None:
+            return None
+        return ResponseCache(
+            _make_store(settings.response_cache, settings, now),
+            accounting=self.accounting,
+            max_bytes=settings.response_cache_max_bytes,
+            seconds=settings.response_cache_seconds,
+            hit_price=settings.response_cache_hit_price,
+        )
 
     def _make_usage_events(self, now: Clock) -> UsageEvents | None:
         settings, ledger = self.settings, self.accounting.ledger
@@ -190,8 +209,8 @@ class App:
         wanted, default = self.settings.models, self.settings.default_model
         _check_names("models", wanted or (), offers)
         offers = [offer for offer in offers if wanted is None or offer[1].name in wanted]
-        if default not in self.settings.routes:
-            _check_names("default_model", () if default is None else (default,), offers)
+        routes = tuple(self.settings.routes)
+        _check_names("default_model", () if default is None else (default,), offers, also=routes)
         try:
             check_routes(self.settings.routes, [card.name for _, card in offers])
         except ValueError as error:
@@ -248,6 +267,12 @@ class App:
     def num_open_holds(self) -> int:
         return 0 if self.accounting.ledger is None else self.accounting.ledger.num_open
 
+    def num_cached_bytes(self) -> int:
+        return 0 if self._response_cache is None else self._response_cache.num_bytes
+
+    def num_cache_failures(self) -> int:
+        return 0 if self._response_cache is None else self._response_cache.num_failures
+
     def num_unsent_events(self) -> int:
         return 0 if self._usage_events is None else self._usage_events.lag
 
@@ -298,6 +323,8 @@ class App:
     async def close(self) -> None:
         """Frees everything. No call is running."""
         await self._idempotency.close()
+        if self._response_cache is not None:
+            await self._response_cache.close()
         await self._reporter.close()
         await self.registry.close()
         for backend in self._backends:
@@ -342,6 +369,15 @@ async def opened_ledger(settings: Settings, time_of_day: Clock | None = None) ->
         yield ledger
 
 
+def _make_store(target: str, settings: Settings, now: Clock) -> Store:
+    """Raises SettingsError for a Redis without the library for it."""
+    if target == MEMORY:
+        return MemoryStore(max_bytes=settings.response_cache_max_bytes, clock=now)
+    from headrace.server.caching.redis_store import RedisStore
+
+    return RedisStore(target, max_answer_bytes=MAX_ANSWER_BYTES)
+
+
 def _check_ledger(settings: Settings) -> None:
     """Raises SettingsError if there is none, but something that needs one."""
     if settings.ledger is not None:
@@ -354,8 +390,10 @@ def _check_ledger(settings: Settings) -> None:
                 raise SettingsError(f"plans.{name}.{field}: needs a ledger, which keeps count; got ledger = none")
 
 
-def _check_names(setting: str, names: Sequence[str], offers: Sequence[tuple[Backend, ModelCard]]) -> None:
-    there = [card.name for _, card in offers]
+def _check_names(
+    setting: str, names: Sequence[str], offers: Sequence[tuple[Backend, ModelCard]], *, also: Sequence[str] = ()
+) -> None:
+    there = [*(card.name for _, card in offers), *also]
     for name in names:
         if name not in there:
             raise SettingsError(f"{setting}: no model {name!r}; there is {', '.join(there) or 'none'}")

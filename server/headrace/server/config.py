@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from headrace.backends.paths import default_models_dir, default_state_dir
 from headrace.server.accounting.event_targets import parse_target
 from headrace.server.accounting.plans import Limits
+from headrace.server.caching.targets import MEMORY, check_target
 from headrace.server.routing.routes import BreakerOptions, RetryOptions, RouteOptions
 
 
@@ -62,17 +63,22 @@ _UNSHOWN = "unshown"
 """The kind of an error whose input no message shows."""
 
 
-def _check_events_target(value: str) -> str:
-    try:
-        parse_target(value)
-    except ValueError as error:
-        # What is wrong with it may be the password in it.
-        raise PydanticCustomError(_UNSHOWN, "{problem}", {"problem": str(error)}) from None
-    return value
+def _unshown(check: Callable[[str], object]) -> AfterValidator:
+    """What is wrong with the value may be the password in it."""
+
+    def checked(value: str) -> str:
+        try:
+            check(value)
+        except ValueError as error:
+            raise PydanticCustomError(_UNSHOWN, "{problem}", {"problem": str(error)}) from None
+        return value
+
+    return AfterValidator(checked)
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
-EventsTarget = Annotated[str, AfterValidator(_check_events_target)]
+EventsTarget = Annotated[str, _unshown(parse_target)]
+CacheTarget = Annotated[str, _unshown(check_target)]
 Tables = dict[str, dict[str, Any]]
 """Settings of plugins' components, by name; each is checked by its plugin's own model."""
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -170,6 +176,24 @@ class Settings(BaseSettings):
     idempotency_max_bytes: int = Field(
         256 * 2**20, ge=0, description="Size of the answers that are kept for that, in all; the oldest goes first."
     )
+    response_cache: CacheTarget | None = Field(
+        MEMORY,
+        repr=False,
+        description="Where answers are stored for equal requests: memory, redis://…, rediss://…, or none.",
+    )
+    response_cache_max_bytes: int = Field(
+        64 * 2**20, ge=2**10, description="Size of those in memory, and of those that several calls share as they run."
+    )
+    response_cache_seconds: float = Field(
+        3600.0,
+        gt=0,
+        le=366 * 24 * 3600,
+        allow_inf_nan=False,
+        description="Seconds for which they are kept, unless a request says less.",
+    )
+    response_cache_hit_price: float = Field(
+        0.0, ge=0, le=1, description="What a stored answer costs, as a share of what it would cost anew."
+    )
     usage_events: EventsTarget | None = Field(
         None,
         description="Where each settled call is told of as a CloudEvent: a file, or an http(s) URL; none: nowhere.",
@@ -193,6 +217,7 @@ class Settings(BaseSettings):
         "default_model",
         "ledger",
         "default_plan",
+        "response_cache",
         "usage_events",
         "plugins",
         mode="before",

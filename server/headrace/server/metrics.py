@@ -150,6 +150,20 @@ class Metrics:
             "Answers that were given before, under the same idempotency key.",
             registry=registry,
         )
+        self._response_cache = Counter(
+            "headrace_response_cache_lookups",
+            "Calls by what the response cache had for them: hit, miss, or bypass where it was not asked.",
+            ("model", "status"),
+            registry=registry,
+        )
+        self._cached_bytes = Gauge(
+            "headrace_response_cache_bytes", "Size of the stored answers in this process, about.", registry=registry
+        )
+        self._cache_failures = Gauge(
+            "headrace_response_cache_failures",
+            "Times that the response cache could not be used; calls went on without it.",
+            registry=registry,
+        )
         self._open_holds = Gauge(
             "headrace_open_holds", "Calls of this process that are not settled.", registry=registry
         )
@@ -199,6 +213,8 @@ class Metrics:
         if meter.replayed:
             self._replayed.inc()
             return
+        if meter.cache is not None:
+            self._response_cache.labels(model, meter.cache.name.lower()).inc()
         if meter.cost is not None:
             self._charged.labels(model, meter.cost.currency).inc(meter.cost.charge_nanos)
         if meter.warnings:
@@ -229,6 +245,11 @@ class Metrics:
         left; and by route and model the state of its circuit breaker. They are read as those of ``observe_engine``.
         """
         self._routing.tries, self._routing.fallbacks, self._routing.states = tries, fallbacks, states
+
+    def observe_response_cache(self, *, num_bytes: Callable[[], float], failures: Callable[[], float]) -> None:
+        """Sets where the response cache's gauges come from; the functions are called as those of ``observe_engine``."""
+        self._cached_bytes.set_function(num_bytes)
+        self._cache_failures.set_function(failures)
 
     def observe_engine(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import structlog
@@ -26,7 +25,7 @@ from headrace.server.engine.model_options import capabilities_of
 STRICT_OPTION = "determinism.strict"
 """Honoured by models of class STRICT, and by no others, whatever they declare."""
 
-SERVER_OPTIONS = frozenset({"idempotency_key", "budget_policy"})
+SERVER_OPTIONS = frozenset({"idempotency_key", "budget_policy", "cache.response"})
 """Honoured by the server, for every model."""
 
 
@@ -87,11 +86,14 @@ class ModelRegistry:
         clock: Callable[[], float],
         max_queued: int,
         logits_processors: Sequence[type[LogitsProcessor]] = (),
+        more_options: frozenset[str] = frozenset(),
         prefix_cache: bool = True,
         speculation: bool = True,
         max_grammar_bytes: int = MAX_GRAMMAR_BYTES,
         max_grammar_seconds: float = MAX_GRAMMAR_SECONDS,
     ) -> None:
+        """``more_options`` are honoured by this server, for every model."""
+        self._options = SERVER_OPTIONS | more_options
         self._clock = clock
         self._max_queued = max_queued
         self._prefix_cache = prefix_cache
@@ -112,8 +114,9 @@ class ModelRegistry:
 
     def default_for(self, models: frozenset[str] | None) -> str | None:
         """The model of a request that names none: the default, or if that is not the caller's, the first that is."""
-        names = [served.card.name for served in self.offered(models)]
-        return self._default if self._default in names else next(iter(names), None)
+        if self._default in self._served and (models is None or self._default in models):
+            return self._default
+        return next((name for name in self._served if models is None or name in models), None)
 
     async def load(
         self,
@@ -156,20 +159,18 @@ class ModelRegistry:
 
     def look_up(self, name: str | None, models: frozenset[str] | None = None) -> Served:
         """As ``find``, whatever its state. Raises ModelNotFound."""
-        offered = {served.card.name: served for served in self.offered(models)}
-        served = offered.get(name or self.default_for(models) or "")
-        if served is None:
-            raise ModelNotFound(name or "", tuple(offered))
+        wanted = name or self.default_for(models)
+        served = self._served.get(wanted or "")
+        if served is None or (models is not None and wanted not in models):
+            raise ModelNotFound(name or "", tuple(one.card.name for one in self.offered(models)))
         return served
 
-    async def run(self, call: Call) -> Events:
+    def run(self, call: Call) -> Events:
         """The innermost handler: the engine for a step-wise model, the model itself for a whole-call one."""
         assert call.model is not None
         handler = self.find(call.model.card.name).handler
         assert handler is not None
-        async with aclosing(handler(call)) as events:
-            async for event in events:
-                yield event
+        return handler(call)
 
     async def finish_all(self) -> None:
         """Ends what the engines run, with what there is."""
@@ -221,10 +222,10 @@ class ModelRegistry:
             )
             served.capabilities = capabilities_of(model, {name: one.Parameters for name, one in processors.items()})
             served.handler = served.engine.generate
-        served.capabilities = _with_strict(served.capabilities, model)
+        served.capabilities = _with_strict(served.capabilities, model, self._options)
         served.state = ModelState.READY
 
 
-def _with_strict(capabilities: Capabilities, model: Model) -> Capabilities:
+def _with_strict(capabilities: Capabilities, model: Model, options: frozenset[str]) -> Capabilities:
     strict = {STRICT_OPTION} if model.determinism is DeterminismClass.STRICT else set()
-    return replace(capabilities, options=capabilities.options - {STRICT_OPTION} | strict | SERVER_OPTIONS)
+    return replace(capabilities, options=capabilities.options - {STRICT_OPTION} | strict | options)

@@ -118,6 +118,7 @@ async def _run(
             return
     _announce(app, server, metrics)
     metrics.observe_ledger(open_holds=app.num_open_holds, unsent_events=app.num_unsent_events)
+    metrics.observe_response_cache(num_bytes=app.num_cached_bytes, failures=app.num_cache_failures)
     if on_ready:
         on_ready(server.port)
     watching = asyncio.create_task(_watch(app, server))

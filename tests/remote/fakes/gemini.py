@@ -132,8 +132,13 @@ def _responses(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _response([_candidate(0, [part], "STOP")], num_input, 12, num_thought)
         return
     count = config.get("candidateCount", 1)
+    seed = config.get("seed", "") if config.get("temperature", 1) > 0 else ""
     answers = [
-        say(f"{_prompt(body)}{index or ''}", config["maxOutputTokens"] - num_thought, config.get("stopSequences", ()))
+        say(
+            f"{_prompt(body)}{seed}{index or ''}",
+            config["maxOutputTokens"] - num_thought,
+            config.get("stopSequences", ()),
+        )
         for index in range(count)
     ]
     sent = 0

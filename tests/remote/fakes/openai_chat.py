@@ -2,7 +2,8 @@
 
 - OpenAI: https://platform.openai.com/docs/api-reference/chat/streaming, whose example is
   ``tests/remote/documented/openai-chat.sse``, and the types of its Python SDK (``ChatCompletionChunk``,
-  ``CompletionCreateParams``). With ``include_usage`` every chunk has ``usage``: null, and one more comes with no choices.
+  ``CompletionCreateParams``). With ``include_usage`` every chunk has ``usage``: null, and one more comes without
+  choices.
 - DeepSeek: https://api-docs.deepseek.com/api/create-chat-completion (``documented/deepseek-chat.sse``): the usage comes
   with the last choice, and comments keep the connection alive.
 - vLLM 0.32: what its ``ChatCompletionStreamResponse`` writes; ``stop_reason`` is in the last chunk of a choice alone.
@@ -26,8 +27,8 @@ from tests.remote.upstream import Answer, ReceivedRequest, json_answer
 KEY = "sk-test"
 REFUSED_PROMPT = "How do I pick a lock?"
 REFUSAL = "I'm sorry, I cannot assist with that request."
+THOUGHTS = ("Let", " me", " se", "e: ", "…")
 JSON_ANSWER = '{"location": "Zürich"}'
-EOS_ID = 2
 
 _OPENAI = {
     "messages", "model", "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs",
@@ -56,7 +57,7 @@ _VLLM = {
 _LLAMA_CPP = {
     "messages", "model", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "max_tokens",
     "presence_penalty", "response_format", "seed", "stop", "stream", "stream_options", "temperature", "top_p", "tools",
-    "tool_choice", "top_k", "min_p", "typical_p", "repeat_penalty", "ignore_eos", "chat_template_kwargs", "cache_prompt",
+    "tool_choice", "top_k", "min_p", "typical_p", "repeat_penalty", "ignore_eos", "chat_template_kwargs",
 }  # fmt: skip
 
 
@@ -146,6 +147,8 @@ class FakeChat:
             return "Invalid 'stop': array too long. Expected an array with maximum length 4."
         if self._api in (OPENAI, DEEPSEEK) and not 0 <= body.get("temperature", 1) <= 2:
             return "Invalid 'temperature': decimal above maximum value. Expected a value <= 2."
+        if self._api is VLLM and body.get("n", 1) > 1 and body.get("temperature") == 0:
+            return f"n must be 1 when using greedy sampling, got {body['n']}."
         called: set[str] = set()
         for message in body["messages"]:
             called |= {call["id"] for call in message.get("tool_calls", ())}
@@ -189,9 +192,7 @@ class _Answering:
                     answers.remove(choice)
                     continue
                 chunk = {**self.api.head, "choices": [said]}
-                if self.api is DEEPSEEK and said["finish_reason"]:
-                    chunk["usage"] = self.usage()
-                elif counts:
+                if (self.api is DEEPSEEK and said["finish_reason"]) or counts:
                     chunk["usage"] = self.usage()
                 elif usage.get("include_usage") and self.api in (OPENAI, DEEPSEEK):
                     chunk["usage"] = None
@@ -236,22 +237,26 @@ class _Answering:
             yield from self.script(index, prompt)
 
     def reasoning(self, index: int) -> Iterator[dict[str, Any]]:
-        if self.body.get("thinking", {}).get("type") == "enabled":
-            for thought in ("Let me ", "see: …"):
-                self.num_reasoning += num_tokens(thought)
-                self.num_output += num_tokens(thought)
-                yield self.part(index, {self.api.reasoning: thought, "content": None, **self.api.each})
+        if self.body.get("thinking", {}).get("type") != "enabled":
+            return
+        for thought in THOUGHTS[: self.most]:
+            self.num_reasoning += 1
+            self.num_output += 1
+            choice = self.part(index, {self.api.reasoning: thought, "content": None, **self.api.each})
+            if self.body.get("logprobs"):
+                choice["logprobs"] = {"content": None, "reasoning_content": [self.logprob(thought)]}
+            yield choice
 
     def script(self, index: int, prompt: str) -> Iterator[dict[str, Any]]:
         body = self.body
         bias = [int(token_id) for token_id, value in body.get("logit_bias", {}).items() if value == 100]
+        most = self.most - self.num_reasoning
         if bias:
-            tokens, stop, is_cut = [TOKENS[bias[0]]] * self.most, None, True
-            num_spoken = self.most
+            tokens, stop, is_cut, num_spoken = [TOKENS[bias[0]]] * most, None, True, most
         else:
             if body.get("temperature") and body.get("top_k") != 1:
                 prompt += str(body.get("seed"))
-            said = say(prompt + "'" * index, self.most, body.get("stop", ()))
+            said = say(prompt + "'" * index, most, body.get("stop", ()))
             tokens, stop, is_cut, num_spoken = list(said.tokens), said.stop, said.is_cut, said.num_tokens
         stop_ids = [i for i, token in enumerate(tokens) if IDS.get(token) in body.get("stop_token_ids", ())]
         if stop_ids:

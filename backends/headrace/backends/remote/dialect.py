@@ -51,7 +51,7 @@ class StreamFailed(Exception):
 
     def __init__(self, problem: Problem, *, status: int | None = None) -> None:
         """``status`` is the HTTP status that it stands for, if that is known."""
-        super().__init__(problem.code or "error")
+        super().__init__("the provider ended its stream with an error")  # whose words may hold a key
         self.problem = problem
         self.status = status
 

@@ -40,7 +40,7 @@ _REFUSED = frozenset({"insufficient_quota", "API_KEY_INVALID"})
 
 
 class ProviderSaid(Exception):
-    """A provider's words, without keys: the cause of a ``ProviderRefused``, for the log."""
+    """Words of a provider, or of HTTP, without keys: the cause of an error, for the log."""
 
 
 def answered(
@@ -81,9 +81,14 @@ def _by_status(provider: str, status: int | None, code: str | None, said: str, w
 
 
 def unreachable(provider: str, error: Exception) -> BackendError:
-    """The error for one of ``TRANSPORT_ERRORS``; raise it ``from`` that."""
+    """The error for one of ``TRANSPORT_ERRORS``, with its cause."""
     failure = _by_kind(f"provider {provider!r}", error)
     failure.provider_status = ProviderStatus(provider)
+    # Errors of that kind hold the request and its headers.
+    if isinstance(error, aiohttp.ClientResponseError):
+        failure.__cause__ = ProviderSaid(f"{type(error).__name__}: {error.status} {_line(error.message)}")
+    else:
+        failure.__cause__ = error
     return failure
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 import aiohttp
 
@@ -129,7 +130,7 @@ class RemoteModel:
         """All but the end, and the attempt's usage. Raises TimeLimitPassed, too."""
         provider, settings = self._provider, self._provider.options
         headers = {**provider.dialect.headers(provider.keys.of(call.principal.tenant)), **settings.headers}
-        body = provider.dialect.body(call, self._options) | self._options.extra_body
+        body = _filled(provider.dialect.body(call, self._options), self._options.extra_body)
         raw = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         waiting = Waiting(call, provider.name, self._clock)
         await self._enter(call, waiting)
@@ -165,7 +166,7 @@ class RemoteModel:
         try:
             return await waiting.until(until, partial(self._client.post, headers, raw), self._silent)
         except HeadraceError as error:
-            if failures.never_sent(error.__cause__):
+            if failures.never_sent(error.__context__):
                 counting.refused()
             raise
 
@@ -211,23 +212,36 @@ class RemoteModel:
             await finish(response)
         except (asyncio.CancelledError, GeneratorExit):
             if settings.on_cancel is CancelPolicy.DRAIN:
-                await self._drain(response, stream)
+                is_complete = await self._drain(response, stream)
             raise
         finally:
-            counting.end(is_complete=is_complete or stream.finished)
+            counting.end(is_complete=is_complete)
 
-    async def _drain(self, response: aiohttp.ClientResponse, stream: AnswerStream) -> None:
-        """Reads on, for the usage alone."""
+    async def _drain(self, response: aiohttp.ClientResponse, stream: AnswerStream) -> bool:
+        """Reads on, for the usage alone. Returns whether all of it is known."""
         try:
             async with asyncio.timeout(self._provider.options.drain_seconds):
-                while not stream.finished and (piece := await response.content.readany()):
-                    for _ in stream.feed(piece):
+                while not stream.finished:
+                    piece = await response.content.readany()
+                    for _ in stream.feed(piece) if piece else stream.end():
                         pass
+                    if not piece:
+                        break
         except (*failures.TRANSPORT_ERRORS, HeadraceError):
-            pass  # what is not known of its usage is estimated
+            return False
+        return True
 
     def _silent(self) -> HeadraceError:
         return failures.unavailable(self._provider.name, "did not answer in time")
+
+
+def _filled(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` with what ``extra`` has beside it. What a dialect says stands: much of it is a bound."""
+    filled = {**extra, **body}
+    for name in extra.keys() & body.keys():
+        if isinstance(body[name], dict) and isinstance(extra[name], dict):
+            filled[name] = _filled(body[name], extra[name])
+    return filled
 
 
 def _queued_too_long(refusal: Callable[[], ProviderLimited]) -> HeadraceError:

@@ -1,21 +1,27 @@
 """The settings of remote models:
 
-[backends.remote.providers.openai]
-dialect = "openai"
-api_key = "env:OPENAI_API_KEY"            # or "file:/run/secrets/openai"
+    [backends.remote.providers.openai]
+    dialect = "openai"
+    api_key = "env:OPENAI_API_KEY"            # or "file:/run/secrets/openai"
 
-[backends.remote.providers.openai.models.fast]
-model = "gpt-4o-mini"                     # its name there
-context_length = 128000
+    [backends.remote.providers.openai.models.fast]
+    model = "gpt-4o-mini"                     # its name there
+    context_length = 128000
+
+Every field's docstring is what docs/remote.md says of it.
 """
 
 from __future__ import annotations
 
 import enum
+import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+_HEADER_NAME = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
 
 
 class CancelPolicy(enum.StrEnum):
@@ -25,6 +31,27 @@ class CancelPolicy(enum.StrEnum):
     """It is closed at once; what the provider bills of it is estimated."""
     DRAIN = "drain"
     """It is read on for a while, for its usage."""
+
+
+def _check_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment or not value.isascii() or " " in value or not value.isprintable():
+        raise ValueError("must be a URL such as https://api.example.com/v1, without query and fragment")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_check_url)]
+
+
+def _check_headers(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not _HEADER_NAME.fullmatch(name) or not text.isascii() or not text.isprintable():
+            raise ValueError(f"{name!r} must be the name of a header, and its value printable ASCII characters")
+    return value
 
 
 def _check_source(value: str) -> str:
@@ -58,7 +85,7 @@ class RemoteModelOptions(BaseModel):
     revision: str | None = None
     """What the operator calls this state of it; stored answers of another are not given."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Fields that every request to it has beside the dialect's."""
+    """Fields that every request to it has beside the dialect's, which stand where both have one."""
 
 
 class ProviderOptions(BaseModel):
@@ -68,13 +95,13 @@ class ProviderOptions(BaseModel):
 
     dialect: str
     """What its API looks like: see docs/remote.md."""
-    base_url: str | None = None
+    base_url: Url | None = None
     """Where its API is, such as "http://10.0.0.5:8000/v1"; by default the provider's own address."""
     api_key: KeySource | None = None
     """Where its key is; none: it asks for none."""
     tenant_api_keys: dict[str, KeySource] = Field(default_factory=dict)
     """Keys of tenants who have their own."""
-    headers: dict[str, str] = Field(default_factory=dict)
+    headers: Annotated[dict[str, str], AfterValidator(_check_headers)] = Field(default_factory=dict, repr=False)
     """Headers that every request to it has, such as "OpenAI-Organization"."""
     models: dict[str, RemoteModelOptions] = Field(default_factory=dict)
     """Its models, by the names that requests use."""
@@ -94,7 +121,7 @@ class ProviderOptions(BaseModel):
     """What becomes of a stream whose caller has gone: abort or drain."""
     drain_seconds: float = Field(10.0, gt=0)
     """Seconds that a stream is drained, at most."""
-    proxy: str | None = None
+    proxy: Url | None = Field(None, repr=False)
     """URL of the proxy to it; none: none, whatever the environment says."""
     ca_file: Path | None = None
     """Authorities of its certificate, PEM; by default the usual ones."""

@@ -7,6 +7,7 @@ asked for in a compressed form: a few bytes cannot become many.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import ssl
 from collections.abc import Mapping
@@ -38,7 +39,11 @@ class HttpClient:
         query are quoted already.
         """
         self._url = URL(url, encoded=True)
-        self._proxy = proxy
+        self._proxy, to_proxy = (None, {}) if proxy is None else _without_password(URL(proxy))
+        # A proxy passes http on itself, and makes a tunnel for https.
+        is_tunnel = self._url.scheme == "https"
+        self._proxy_headers = to_proxy if is_tunnel else {}
+        self._headers = _HEADERS if is_tunnel else _HEADERS | to_proxy
         self._tls = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_seconds)
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
@@ -48,8 +53,9 @@ class HttpClient:
         return await self._session().post(
             self._url,
             data=body,
-            headers={**_HEADERS, **headers},
+            headers={**self._headers, **headers},
             proxy=self._proxy,
+            proxy_headers=self._proxy_headers,
             allow_redirects=False,
         )
 
@@ -98,6 +104,14 @@ async def read_some(response: aiohttp.ClientResponse, num_bytes: int) -> bytes:
     while len(body) < num_bytes and (piece := await response.content.readany()):
         body += piece
     return bytes(body[:num_bytes])
+
+
+def _without_password(proxy: URL) -> tuple[URL | None, dict[str, str]]:
+    """Its address, which errors may quote, and the header that says who comes."""
+    if proxy.user is None:
+        return proxy, {}
+    said = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
+    return proxy.with_user(None), {"Proxy-Authorization": f"Basic {said}"}
 
 
 async def _close(session: aiohttp.ClientSession) -> None:

@@ -42,7 +42,7 @@ class Waiting:
                 return await start()
         except failures.TRANSPORT_ERRORS as error:  # TimeoutError is one
             if not limit.expired():
-                raise failures.unreachable(self._provider, error) from error
+                raise failures.unreachable(self._provider, error)  # noqa: B904 -- it has its cause
         raise too_late() if when < self._end else self._call_is_late()
 
     def _call_is_late(self) -> Exception:

@@ -191,10 +191,10 @@ class OptionTests(Setting):
             got = served.answer(served.make_call(prompt, max_new_tokens=self.answer_tokens, sampling=sampling)).text()
             demand(got == text, "top_k = 1 is greedy", seen=f"{got!r}, and greedy {text!r}", read="types.Sampling")
 
-    def test_a_bias_makes_a_token_come(self, served: Served) -> None:
+    def test_a_bias_makes_a_token_come(self, served: Served, answers: Sequence[Answer]) -> None:
         served.need("sampling.logit_bias", "response.token_ids")
-        assert served.model.tokenizer is not None
-        wanted = served.model.tokenizer.encode(self.prompts[1]).ids[-1]
+        tokenizer = served.model.tokenizer
+        wanted = tokenizer.encode(self.prompts[1]).ids[-1] if tokenizer else answers[1].shown_ids()[-1]
         call = served.make_call(self.prompts[0], max_new_tokens=3, sampling=Sampling(logit_bias={wanted: 100.0}))
         ids = served.answer(call).token_ids()
         demand(

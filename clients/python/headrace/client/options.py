@@ -172,6 +172,10 @@ class Options(ChatOptions, total=False):
 
     prefix_cache: Annotated[CacheMode | str | None, At("cache.prefix", _named)]
     response_cache: Annotated[CacheMode | str | None, At("cache.response", _named)]
+    response_cache_max_age: Annotated[float | dt.timedelta | None, At("cache.response_max_age", _seconds)]
+    response_cache_ttl: Annotated[float | dt.timedelta | None, At("cache.response_ttl", _seconds)]
+    response_cache_no_store: Annotated[bool | None, At("cache.response_no_store", _value)]
+    response_cache_namespace: Annotated[str | None, At("cache.response_namespace", _value)]
 
 
 class ScoreOptions(ChatOptions, total=False):
@@ -192,6 +196,10 @@ class ScoreOptions(ChatOptions, total=False):
 
     prefix_cache: Annotated[CacheMode | str | None, At("cache.prefix", _named)]
     response_cache: Annotated[CacheMode | str | None, At("cache.response", _named)]
+    response_cache_max_age: Annotated[float | dt.timedelta | None, At("cache.response_max_age", _seconds)]
+    response_cache_ttl: Annotated[float | dt.timedelta | None, At("cache.response_ttl", _seconds)]
+    response_cache_no_store: Annotated[bool | None, At("cache.response_no_store", _value)]
+    response_cache_namespace: Annotated[str | None, At("cache.response_namespace", _value)]
 
 
 OPTIONS: Final[Mapping[str, At]] = {

@@ -272,7 +272,9 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """The log-probability (natural) of an output token. ``token_id`` is ``None`` where a remote provider does not say it."""
+    """The log-probability (natural) of an output token. ``token_id`` is ``None`` where a remote provider does not say
+    it.
+    """
 
     token_id: int | None
     token: bytes

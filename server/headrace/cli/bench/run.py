@@ -16,7 +16,7 @@ from headrace.cli.bench.report import Measured
 from headrace.cli.bench.watch import Watch, watching
 from headrace.cli.connection import Connection
 from headrace.cli.errors import CliError
-from headrace.client import AsyncClient, Model
+from headrace.client import AsyncClient, CacheMode, Model
 
 _MOST_WARM_UP: Final = 16
 # Clients of one address would share one connection.
@@ -125,9 +125,13 @@ async def _try_once(load: Load) -> None:
 
 
 def _options(plan: Plan, model: Model) -> dict[str, Any]:
-    """A load is told by its lengths, so answers go on after the model's end of sequence where that can be had."""
-    lengths = {"ignore_eos": True} if "stopping.ignore_eos" in model.capabilities.options else {}
-    return {"model": plan.model, **lengths, **plan.options}
+    """A load is told by its lengths, so answers go on after the model's end of sequence where that can be had. And what
+    is measured is the model, not what is stored of it.
+    """
+    there = model.capabilities.options
+    lengths = {"ignore_eos": True} if "stopping.ignore_eos" in there else {}
+    anew = {"response_cache": CacheMode.BYPASS} if "cache.response" in there else {}
+    return {"model": plan.model, **lengths, **anew, **plan.options}
 
 
 def _check_lengths(plan: Plan, model: Model) -> None:

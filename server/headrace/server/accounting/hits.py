@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -107,12 +106,11 @@ class HitPostings:
 
     async def close(self, patience: float) -> None:
         """Posts what waits, unless the database is away for longer than ``patience`` seconds."""
-        if self._task is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await asyncio.shield(self._task)
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        task = self._task
+        if task is not None:
+            await asyncio.wait({task}, timeout=patience)
+            task.cancel()
+            await asyncio.wait({task})
         if self._waiting:
             logger.error("hits_not_posted", count=len(self._waiting), hint="they cost nothing")
 

@@ -87,11 +87,11 @@ def is_whole(request: GenerateRequest, events: Sequence[AnswerEvent]) -> bool:
         return len(scored) == len(events) and sorted(scored) == list(range(num_texts))
     finished: set[int] = set()
     for event in events:
-        if isinstance(event, Scored) or event.choice in finished:
+        if isinstance(event, Scored) or event.choice in finished or not 0 <= event.choice < request.n:
             return False
         if isinstance(event, ChoiceFinish):
             finished.add(event.choice)
-    return finished == set(range(request.n))
+    return len(finished) == request.n
 
 
 def _is_sound(event: AnswerEvent) -> bool:

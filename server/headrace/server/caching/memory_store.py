@@ -22,6 +22,7 @@ class MemoryStore:
     """For one event loop."""
 
     def __init__(self, *, max_bytes: int, clock: Clock) -> None:
+        self.is_shared = False
         self.num_bytes = 0
         self.num_failures = 0
         self._max_bytes = max_bytes

@@ -55,6 +55,7 @@ class RedisStore:
         """``max_answer_bytes`` of one answer, in memory. ``timeout`` and ``rest`` in seconds. Nothing is connected
         before it is needed.
         """
+        self.is_shared = True
         self.num_bytes = 0
         self.num_failures = 0
         self._max_answer_bytes = max_answer_bytes

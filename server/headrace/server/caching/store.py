@@ -10,6 +10,8 @@ from headrace.server.caching.entries import StoredAnswer
 class Store(Protocol):
     """Never fails a call: what cannot be had is not there, what cannot be stored is not stored."""
 
+    is_shared: bool
+    """Whether others can write there, so that what comes back has to be looked at."""
     num_bytes: int
     """That this process keeps for it."""
     num_failures: int

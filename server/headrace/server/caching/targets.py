@@ -7,6 +7,17 @@ from urllib.parse import urlsplit
 MEMORY = "memory"
 
 
+def shown(setting: str) -> str:
+    """Without its password."""
+    if setting == MEMORY:
+        return setting
+    parts = urlsplit(setting)
+    if parts.password is None:
+        return setting
+    user, host = parts.username or "", parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{user}:***@{host}").geturl()
+
+
 def check_target(setting: str) -> None:
     """Raises ValueError unless it is ``memory`` or the URL of a Redis."""
     problem = "must be memory, none, or the URL of a Redis, such as redis://cache.internal:6379/0 (rediss:// with TLS)"

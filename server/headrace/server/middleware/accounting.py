@@ -30,17 +30,28 @@ def account(inner: Handler, *, accounting: Accounting, limits: RateLimits) -> Ha
     """Sets ``call.meter.cost`` when a call of ``inner`` is over, by the price that held when it began. Raises
     RateLimited, BudgetSpent, BudgetHeld or LedgerUnavailable before anything is used.
     """
+    ledger = accounting.ledger
 
     async def handle(call: Call) -> Events:
         terms = accounting.accounts.terms(call.principal)
         rates = rates_of(call, accounting)
         worst_case = worst_case_of(call, rates)
         limits.take_tokens(terms, worst_case.tokens)
+        book, outcome = None, AttemptOutcome.CANCELLED
         try:
-            async with aclosing(await _begin(inner, call, accounting.ledger, worst_case, rates, terms)) as events:
+            if ledger is not None:
+                book = _Book(call, ledger, await ledger.hold(hold_request_of(call, worst_case, terms)), rates)
+            async with aclosing(inner(call)) as events:
                 async for event in events:
-                    yield event
+                    yield event if book is None else book.noted(event)
+            outcome = AttemptOutcome.COMPLETED
+        except Exception:
+            outcome = AttemptOutcome.FAILED
+            raise
         finally:
+            call.meter.cost = cost_of(call.meter.attempts, rates)
+            if book is not None:
+                book.settle(outcome)
             usage = billed_usage(call.meter.attempts)
             limits.give_back(terms, worst_case.tokens - (usage.input_tokens or 0) - (usage.output_tokens or 0))
         if worst_case.max_new_tokens:
@@ -89,46 +100,53 @@ def hold_request_of(call: Call, worst_case: WorstCase, terms: Terms) -> HoldRequ
     )
 
 
-async def _begin(
-    inner: Handler, call: Call, ledger: Ledger | None, worst_case: WorstCase, rates: Rates, terms: Terms
-) -> Events:
-    if ledger is None:
-        return _priced(inner, call, rates)
-    hold = await ledger.hold(hold_request_of(call, worst_case, terms))
-    return _held(inner, call, ledger, hold, rates)
+class _Book:
+    """What the ledger is told of a call for which its worst case is held."""
 
+    def __init__(self, call: Call, ledger: Ledger, hold: Hold, rates: Rates) -> None:
+        self._call, self._ledger, self._hold, self._rates = call, ledger, hold, rates
+        self._is_clamped = _clamp(call, hold.worst_case.max_new_tokens)
+        call.meter.warnings = tuple(account.subject for account in hold.soft_limits_exceeded)
 
-async def _priced(inner: Handler, call: Call, rates: Rates) -> Events:
-    """Runs a call that is written down nowhere."""
-    try:
-        async with aclosing(inner(call)) as events:
-            async for event in events:
-                yield event
-    finally:
-        call.meter.cost = cost_of(call.meter.attempts, rates)
+    def noted(self, event: Event) -> Event:
+        """The event, as it is handed over next: a kill loses nothing that a caller has seen."""
+        if isinstance(event, Delta):
+            if self._call.is_streamed:
+                self._note()
+        elif self._is_clamped and isinstance(event, ChoiceFinish) and event.reason is FinishReason.MAX_TOKENS:
+            return replace(event, reason=FinishReason.BUDGET)
+        return event
 
+    def settle(self, outcome: AttemptOutcome) -> None:
+        """The call is over, and priced."""
+        call, attempts, cost = self._call, self._call.meter.attempts, self._call.meter.cost
+        if cost is not None and cost.charge_nanos > self._hold.worst_case.nanos:
+            # What is beyond is the operator's to pay; the report says what the ledger does.
+            cost = call.meter.cost = replace(cost, charge_nanos=self._hold.worst_case.nanos)
+        last = attempts[-1] if attempts else None
+        # Of a whole answer nothing has been sent yet.
+        sent = call.meter.sent_output_tokens if call.is_streamed else None
+        self._ledger.settle(
+            Settlement(
+                hold=self._hold,
+                usage=replace(billed_usage(attempts), sent_output_tokens=sent),
+                cost=cost,
+                # The last attempt knows better why it ended.
+                outcome=outcome if last is None or last.outcome is None else last.outcome,
+                backend=None if last is None else last.backend,
+                model=_model_name(call),
+            )
+        )
 
-async def _held(inner: Handler, call: Call, ledger: Ledger, hold: Hold, rates: Rates) -> Events:
-    """Runs a call for which its worst case is held."""
-    is_clamped = _clamp(call, hold.worst_case.max_new_tokens)
-    call.meter.warnings = tuple(account.subject for account in hold.soft_limits_exceeded)
-    outcome = AttemptOutcome.CANCELLED
-    try:
-        async with aclosing(inner(call)) as events:
-            async for event in events:
-                if call.is_streamed and isinstance(event, Delta):
-                    # Before it is handed over: a kill loses nothing that a caller has seen.
-                    _note(call, ledger, hold, rates)
-                yield _for_budget(event) if is_clamped else event
-        outcome = AttemptOutcome.COMPLETED
-    except Exception:
-        outcome = AttemptOutcome.FAILED
-        raise
-    finally:
-        # The last attempt knows better why it ended.
-        if call.meter.attempts and call.meter.attempts[-1].outcome is not None:
-            outcome = call.meter.attempts[-1].outcome
-        ledger.settle(_settlement(call, hold, rates, outcome))
+    def _note(self) -> None:
+        # The backend's thread goes on counting: what is noted, and what that costs, must be of one moment.
+        attempts = [
+            Attempt(one.backend, one.model, usage=one.usage.copy(), outcome=one.outcome)
+            for one in self._call.meter.attempts
+        ]
+        if attempts:
+            usage, charge = billed_usage(attempts), billed_nanos(attempts, self._rates)
+            self._ledger.note(self._hold, usage, charge, self._rates.price_of(attempts), attempts[-1].backend)
 
 
 def _clamp(call: Call, most: int) -> bool:
@@ -138,47 +156,6 @@ def _clamp(call: Call, most: int) -> bool:
     call.targets = tuple(replace(target, max_new_tokens=min(target.max_new_tokens, most)) for target in call.targets)
     call.max_new_tokens = min(call.max_new_tokens, most)
     return True
-
-
-def _note(call: Call, ledger: Ledger, hold: Hold, rates: Rates) -> None:
-    # The backend's thread goes on counting: what is noted, and what that costs, must be of one moment.
-    attempts = [
-        Attempt(one.backend, one.model, usage=one.usage.copy(), outcome=one.outcome) for one in call.meter.attempts
-    ]
-    if attempts:
-        ledger.note(
-            hold,
-            billed_usage(attempts),
-            billed_nanos(attempts, rates),
-            rates.price_of(attempts),
-            attempts[-1].backend,
-        )
-
-
-def _settlement(call: Call, hold: Hold, rates: Rates, outcome: AttemptOutcome) -> Settlement:
-    attempts, held = call.meter.attempts, hold.worst_case.nanos
-    cost = cost_of(attempts, rates)
-    if cost is not None and cost.charge_nanos > held:
-        # What is beyond is the operator's to pay; the report says what the ledger does.
-        cost = replace(cost, charge_nanos=held)
-    call.meter.cost = cost
-    return Settlement(
-        hold=hold,
-        # Of a whole answer nothing has been sent yet.
-        usage=replace(
-            billed_usage(attempts), sent_output_tokens=call.meter.sent_output_tokens if call.is_streamed else None
-        ),
-        cost=cost,
-        outcome=outcome,
-        backend=attempts[-1].backend if attempts else None,
-        model=_model_name(call),
-    )
-
-
-def _for_budget(event: Event) -> Event:
-    if isinstance(event, ChoiceFinish) and event.reason is FinishReason.MAX_TOKENS:
-        return replace(event, reason=FinishReason.BUDGET)
-    return event
 
 
 def _model_name(call: Call) -> str:

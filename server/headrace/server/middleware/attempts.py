@@ -88,7 +88,9 @@ def attempt(
             _forget(call.meter)
         last = failures[-1][1]
         summary = combined(route or "", failures)
-        raise summary from (None if summary is last else last)
+        if summary is last:
+            raise last
+        raise summary from last
 
     def wait_before_retry(call: Call, name: str, judgement: Judgement, num_retries: int) -> float | None:
         """Seconds; ``None``: another try at the model is not worth it, or not in time."""

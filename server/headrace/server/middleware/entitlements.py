@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from dataclasses import replace
 
 from headrace.backends.errors import PermissionDenied
@@ -14,11 +13,9 @@ def entitle(inner: Handler) -> Handler:
     usual one is not the caller's, the next that is: a less urgent one, or if there is none, a more urgent one.
     """
 
-    async def handle(call: Call) -> Events:
+    def handle(call: Call) -> Events:
         _check_latency_class(call)
-        async with aclosing(inner(call)) as events:
-            async for event in events:
-                yield event
+        return inner(call)
 
     return handle
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
 from headrace.backends.types import Call, Events, Handler
 from headrace.server.routing.router import Router
 
@@ -14,11 +12,9 @@ def resolve(inner: Handler, *, router: Router, to_run: bool = True) -> Handler:
     exceeds the model's limits. ``to_run``: whether the call is to run there, for which a route has conditions.
     """
 
-    async def handle(call: Call) -> Events:
+    def handle(call: Call) -> Events:
         call.route, call.targets = router.resolve(call, to_run=to_run)
         call.enter(call.targets[0])
-        async with aclosing(inner(call)) as events:
-            async for event in events:
-                yield event
+        return inner(call)
 
     return handle

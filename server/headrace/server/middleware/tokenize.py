@@ -54,13 +54,23 @@ def tokenize(inner: Handler, *, router: Router, executor: Executor, default_max_
         for target in call.targets:
             max_tokens = router.registry.look_up(target.model.card.name).max_tokens
             try:
-                target = replace(target, prompt=await _prompt(call.request, target.model, prompts, executor))
+                prompt = await _prompt(call.request, target.model, prompts, executor)
+                max_new_tokens = 0
+                candidates: tuple[tuple[int, ...], ...] = ()
                 if call.request.scoring is None:
                     _check_ids(call.request, target.model)
-                    max_new_tokens = _max_new_tokens(call.request, target, max_tokens, default_max_new_tokens)
-                    fit.append(replace(target, max_new_tokens=max_new_tokens))
+                    max_new_tokens = _max_new_tokens(call.request, prompt, max_tokens, default_max_new_tokens)
                 else:
-                    fit.append(await _with_candidates(target, call.request.scoring, max_tokens, executor))
+                    candidates = await _candidates(call.request.scoring, prompt, target.model, max_tokens, executor)
+                fit.append(
+                    Target(
+                        model=target.model,
+                        extensions=target.extensions,
+                        prompt=prompt,
+                        candidates=candidates,
+                        max_new_tokens=max_new_tokens,
+                    )
+                )
             except (InvalidArgument, UnsupportedOption) as error:
                 problem = error
         if call.route is not None:
@@ -93,11 +103,13 @@ async def _prompt(request: GenerateRequest, model: Model, made: dict[int, Prompt
     return prompt
 
 
-async def _with_candidates(target: Target, scoring: Scoring, max_tokens: int, executor: Executor) -> Target:
+async def _candidates(
+    scoring: Scoring, prompt: Prompt, model: Model, max_tokens: int, executor: Executor
+) -> tuple[tuple[int, ...], ...]:
     loop = asyncio.get_running_loop()
-    target = replace(target, candidates=await loop.run_in_executor(executor, _make_candidates, scoring, target.model))
-    _check_scoring(target, scoring, max_tokens)
-    return target
+    candidates = await loop.run_in_executor(executor, _make_candidates, scoring, model)
+    _check_scoring(prompt, candidates, scoring, max_tokens)
+    return candidates
 
 
 def _within_lengths(
@@ -199,9 +211,8 @@ def _candidate(path: str, source: TextInput | TokenIdsInput, model: Model) -> tu
     return ids
 
 
-def _check_scoring(target: Target, scoring: Scoring, max_tokens: int) -> None:
-    assert target.prompt is not None
-    candidates, num_prompt_tokens = target.candidates, len(target.prompt.token_ids)
+def _check_scoring(prompt: Prompt, candidates: Sequence[tuple[int, ...]], scoring: Scoring, max_tokens: int) -> None:
+    num_prompt_tokens = len(prompt.token_ids)
     if num_prompt_tokens > max_tokens:
         raise InvalidArgument("input", f"has {num_prompt_tokens} tokens; the context holds {max_tokens}")
     if not candidates and num_prompt_tokens == 1:
@@ -210,7 +221,7 @@ def _check_scoring(target: Target, scoring: Scoring, max_tokens: int) -> None:
         if num_prompt_tokens + len(ids) > max_tokens:
             problem = f"has {len(ids)} tokens after {num_prompt_tokens} of the input; the context holds {max_tokens}"
             raise InvalidArgument(f"candidates[{i}]", problem)
-    num_scored = sum(map(len, candidates or [target.prompt.token_ids]))
+    num_scored = sum(map(len, candidates or [prompt.token_ids]))
     if candidates and num_scored > MAX_SCORED_TOKENS:
         raise InvalidArgument("candidates", f"must have at most {MAX_SCORED_TOKENS} tokens in all, got {num_scored}")
     num_reported = num_scored * (1 + scoring.top_logprobs)
@@ -238,10 +249,8 @@ def _check_ids(request: GenerateRequest, model: Model) -> None:
     _check_vocabulary("stopping.stop_token_ids", request.stopping.stop_token_ids, size)
 
 
-def _max_new_tokens(request: GenerateRequest, target: Target, max_tokens: int, default: int) -> int:
-    assert target.prompt is not None
-    stopping = request.stopping
-    num_prompt_tokens = len(target.prompt.token_ids)
+def _max_new_tokens(request: GenerateRequest, prompt: Prompt, max_tokens: int, default: int) -> int:
+    stopping, num_prompt_tokens = request.stopping, len(prompt.token_ids)
     room = max_tokens - num_prompt_tokens
     if room < 1:
         problem = f"has {num_prompt_tokens} tokens; the context holds {max_tokens}, one of them new"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -91,8 +92,8 @@ def shuffled(weights: Sequence[float], number: Callable[[], float]) -> list[int]
     (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"): leaving some out afterwards leaves the
     others in the order that they would have had alone.
     """
-    keys = [number() ** (1.0 / weight) for weight in weights]
-    return sorted(range(len(weights)), key=lambda i: keys[i], reverse=True)
+    keys = [-math.log(1.0 - number()) / weight for weight in weights]
+    return sorted(range(len(weights)), key=lambda i: keys[i])
 
 
 def _is_within(ceiling: Decimal | None, nanos: int | None) -> bool:

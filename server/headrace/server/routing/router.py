@@ -68,10 +68,9 @@ class Router:
 
     def default_for(self, models: frozenset[str] | None) -> str | None:
         """What a request that names none asks for: the default, or if that is not the caller's, the first that is."""
-        routes = self.names(models)
-        if self._default in routes:
+        if self._default in self._routes and (models is None or self._default in models):
             return self._default
-        return self.registry.default_for(models) or next(iter(routes), None)
+        return self.registry.default_for(models) or next(iter(self.names(models)), None)
 
     def resolve(self, call: Call, *, to_run: bool) -> tuple[str | None, tuple[Target, ...]]:
         """The route that a call asks for, if it is one, and its targets, one or more. A call that is not ``to_run``
@@ -81,14 +80,13 @@ class Router:
         models, request = call.principal.models, call.request
         name = request.model or self.default_for(models)
         strict = request.strict or (to_run and self._strict)
-        routes = self.names(models)
-        if name is None or name not in routes:
+        route = self._routes.get(name or "")
+        if name is None or route is None or (models is not None and name not in models):
             try:
                 served = self.registry.look_up(name, models)
             except ModelNotFound as error:
-                raise ModelNotFound(error.model, (*error.known, *routes)) from None
+                raise ModelNotFound(error.model, (*error.known, *self.names(models))) from None
             return None, (target_for(served, request, strict=strict),)
-        route = self._routes[name]
         candidates = [self._candidate(target, to_run=to_run) for target in route.targets]
         mode = route.mode if to_run else Mode.ORDERED
         return name, choose(name, candidates, request, mode=mode, strict=strict, number=self._number)

@@ -105,13 +105,21 @@ def report_message(call: types.Call, *, now: float) -> pb.GenerationReport:
         request_id=call.request_id,
         usage=usage_message(usage),
         timings=_timings_message(call, usage.output_tokens, now),
-        backend=call.meter.attempts[-1].backend if call.meter.attempts else None,
+        backend=_backend(call),
         model=model.card.name if model is not None else None,
         model_digest=model.card.digest if model is not None else None,
         determinism_class=f"DETERMINISM_CLASS_{model.determinism.name}" if model is not None else None,
+        cache_status=None if call.meter.cache is None else f"CACHE_STATUS_{call.meter.cache.name}",
         attempts=[_attempt_message(attempt) for attempt in call.meter.attempts],
         cost=cost_message(call),
     )
+
+
+def _backend(call: types.Call) -> str | None:
+    """Of what answered: now, or when the answer was stored."""
+    if call.meter.attempts:
+        return call.meter.attempts[-1].backend
+    return call.model.backend if call.meter.cache is types.CacheStatus.HIT and call.model is not None else None
 
 
 def cost_message(call: types.Call) -> usage_pb2.Cost | None:

@@ -52,6 +52,10 @@ _EXPIRY_ACTIONS = {
 }
 
 
+_UNSET = types.GenerateRequest(input=types.TextInput("?"))
+"""What holds where a message says nothing, made once."""
+
+
 def request_id_of(message: pb.GenerationSpec | scoring_pb2.ScoreRequest) -> str | None:
     """The caller's label, or ``None``."""
     if not message.HasField("request_id"):
@@ -77,19 +81,17 @@ def to_request(
         input=to_input(spec),
         model=spec.model if spec.HasField("model") else None,
         idempotency_key=spec.idempotency_key if spec.HasField("idempotency_key") else None,
-        sampling=_sampling(spec.sampling),
-        stopping=_stopping(spec.stopping),
+        sampling=_sampling(spec.sampling) if spec.HasField("sampling") else _UNSET.sampling,
+        stopping=_stopping(spec.stopping) if spec.HasField("stopping") else _UNSET.stopping,
         output_format=_output_format(spec.structured_output) if spec.HasField("structured_output") else None,
-        response=types.ResponseOptions(
-            **_given(spec.response, "logprobs", "top_logprobs", "token_ids", "echo", "usage_interval")
-        ),
+        response=_response(spec.response) if spec.HasField("response") else _UNSET.response,
         scheduling=to_scheduling(spec.scheduling, default_latency_class),
-        reasoning=types.Reasoning(**_given(spec.reasoning, "enabled", "max_reasoning_tokens", "include_text")),
+        reasoning=_reasoning(spec.reasoning) if spec.HasField("reasoning") else _UNSET.reasoning,
         seed=spec.determinism.seed if spec.determinism.HasField("seed") else None,
         strict=spec.determinism.strict,
         clamp_to_budget=spec.budget_policy == pb.BUDGET_POLICY_CLAMP,
         use_prefix_cache=spec.cache.prefix != pb.CACHE_MODE_BYPASS,
-        response_caching=_response_caching(spec.cache),
+        response_caching=to_response_caching(spec.cache) if spec.HasField("cache") else _UNSET.response_caching,
         extensions={name: _struct(f"extensions[{name!r}]", value) for name, value in spec.extensions.items()},
         options=options,
         **_given(spec, "n"),
@@ -165,6 +167,14 @@ def _stopping(options: pb.StoppingOptions) -> types.Stopping:
     )
 
 
+def _response(options: pb.ResponseOptions) -> types.ResponseOptions:
+    return types.ResponseOptions(**_given(options, "logprobs", "top_logprobs", "token_ids", "echo", "usage_interval"))
+
+
+def _reasoning(options: pb.ReasoningOptions) -> types.Reasoning:
+    return types.Reasoning(**_given(options, "enabled", "max_reasoning_tokens", "include_text"))
+
+
 def to_scheduling(options: pb.SchedulingOptions, default_latency_class: types.LatencyClass) -> types.Scheduling:
     """The SchedulingOptions of a request."""
     return types.Scheduling(
@@ -175,7 +185,7 @@ def to_scheduling(options: pb.SchedulingOptions, default_latency_class: types.La
     )
 
 
-def _response_caching(policy: pb.CachePolicy) -> types.ResponseCaching:
+def to_response_caching(policy: pb.CachePolicy) -> types.ResponseCaching:
     return types.ResponseCaching(
         enabled=_CACHE_MODES.get(policy.response),
         max_age=_seconds("cache.response_max_age", policy, "response_max_age"),

@@ -9,7 +9,7 @@ from headrace.backends import types
 from headrace.backends.errors import InvalidArgument
 from headrace.server.rpc.answer import report_message
 from headrace.server.rpc.calls import Rpc, convert, parse
-from headrace.server.rpc.convert import request_id_of, to_input, to_scheduling
+from headrace.server.rpc.convert import request_id_of, to_input, to_response_caching, to_scheduling
 from headrace.server.rpc.generation import Generation
 from headrace.server.rpc.options import set_fields
 from headrace.v1 import generation_pb2
@@ -71,6 +71,7 @@ def to_request(message: pb.ScoreRequest) -> types.GenerateRequest:
         ),
         scheduling=to_scheduling(message.scheduling, types.LatencyClass.CHAT),
         strict=message.determinism.strict,
+        response_caching=to_response_caching(message.cache),
         use_prefix_cache=message.cache.prefix != generation_pb2.CACHE_MODE_BYPASS,
         options=options | {OPTION},
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -150,7 +151,7 @@ def _contents(messages: Sequence[tuple[int, ChatMessage]]) -> list[dict[str, Any
         raise InvalidArgument("chat.messages", "must not end with the assistant's for this model's provider")
     names = called_tools(messages)
     contents: list[dict[str, Any]] = []
-    for i, message in messages:
+    for i, message in _in_order(messages, names):
         parts = _parts(f"chat.messages[{i}]", message, names)
         if not parts:
             raise InvalidArgument(f"chat.messages[{i}].content", "must not be empty for this model's provider")
@@ -160,6 +161,16 @@ def _contents(messages: Sequence[tuple[int, ChatMessage]]) -> list[dict[str, Any
         else:
             contents.append({"role": role, "parts": parts})
     return contents
+
+
+def _in_order(messages: Iterable[tuple[int, ChatMessage]], names: Iterable[str]) -> Iterator[tuple[int, ChatMessage]]:
+    """Results in the order of the calls: where calls have no ids of the provider's, it goes by that."""
+    places = {call_id: place for place, call_id in enumerate(names)}
+    for are_results, group in groupby(messages, key=lambda one: one[1].role is Role.TOOL):
+        run = list(group)
+        if are_results:
+            run.sort(key=lambda one: places[one[1].tool_call_id or ""])
+        yield from run
 
 
 def _parts(path: str, message: ChatMessage, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -237,7 +248,7 @@ def _thinking(reasoning: Reasoning, level: str | None, model: RemoteModelOptions
     if level is not None:
         if reasoning.enabled is False or reasoning.max_reasoning_tokens is not None:
             problem = "must be unset with reasoning.max_reasoning_tokens, or where reasoning.enabled is false"
-            raise InvalidArgument("extensions.gemini.thinkingLevel", problem)
+            raise InvalidArgument("extensions['gemini'].thinkingLevel", problem)
         return {"thinkingLevel": level, "includeThoughts": reasoning.include_text}
     if reasoning.enabled is False or reasoning.max_reasoning_tokens == 0:
         return {"thinkingBudget": 0}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from headrace.backends.errors import UnsupportedOption
+from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.formats import ChoiceFormat, RegexFormat
 from headrace.backends.remote.dialect import AnswerReader, Problem
 from headrace.backends.remote.dialects.openai_chat import CHAT_OPTIONS, SAMPLING, chat_logprobs_of, several_of
@@ -129,6 +129,8 @@ class Vllm:
     def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
         request, chat = call.request, chat_of(call)
         sampling, stopping = request.sampling, request.stopping
+        if request.n > 1 and sampling.temperature == 0:
+            raise InvalidArgument("n", f"must be 1 where the temperature is 0 at this provider, got {request.n}")
         body = {
             **common_body(call, model, reasoning="reasoning"),
             **sampling_of(request, SAMPLING, max_temperature=MAX_TEMPERATURE),
@@ -142,7 +144,6 @@ class Vllm:
             "ignore_eos": stopping.ignore_eos,
             "stop_token_ids": list(stopping.stop_token_ids),
             "include_stop_str_in_output": stopping.include_stop_sequence,
-            "include_reasoning": request.reasoning.include_text,
             "return_token_ids": request.response.token_ids,
             **several_of(call),
             **logit_bias_of(request),

@@ -25,7 +25,9 @@ from headrace.backends.types import (
 DONE = "[DONE]"
 _REASONS = {
     "stop": FinishReason.EOS_TOKEN,
+    "eos_token": FinishReason.EOS_TOKEN,  # Text Generation Inference
     "length": FinishReason.MAX_TOKENS,
+    "model_length": FinishReason.MAX_TOKENS,  # Mistral
     "tool_calls": FinishReason.TOOL_CALLS,
     "function_call": FinishReason.TOOL_CALLS,
     "content_filter": FinishReason.CONTENT_FILTER,
@@ -79,7 +81,8 @@ class ChunkReader:
 
     def read(self, event: ServerSentEvent) -> Sequence[Event]:
         if event.data == DONE:
-            self._check_complete(ValueError)
+            if not self._is_complete():  # so llama-cpp-python's server lets one go when another comes
+                raise _broken_off("done")
             self.finished = True
             return ()
         chunk = json.loads(event.data)
@@ -91,12 +94,12 @@ class ChunkReader:
         return [event for said in chunk["choices"] for event in self._read_choice(said, chunk)]
 
     def end(self) -> Sequence[Event]:
-        self._check_complete(EOFError)
+        if not self._is_complete():
+            raise EOFError("the stream ended before every choice had")
         return ()
 
-    def _check_complete(self, error: type[Exception]) -> None:
-        if not all(choice.finished for choice in self._choices):
-            raise error("the stream ended before every choice had")
+    def _is_complete(self) -> bool:
+        return all(choice.finished for choice in self._choices)
 
     def _read_choice(self, said: Mapping[str, Any], chunk: Mapping[str, Any]) -> list[Event]:
         index = said["index"]
@@ -144,7 +147,7 @@ class ChunkReader:
     def _finish(self, index: int, said: Mapping[str, Any]) -> ChoiceFinish:
         choice, reason = self._choices[index], said["finish_reason"]
         if reason in _INTERRUPTIONS:
-            raise StreamFailed(Problem("the provider broke off the answer", reason), status=503)
+            raise _broken_off(reason)
         if reason not in _REASONS:
             raise ValueError("an unknown finish_reason")
         finish, stop, seed = _REASONS[reason], said.get("stop_reason"), self._call.request.seed
@@ -157,6 +160,11 @@ class ChunkReader:
         elif reason == "stop" and isinstance(stop, int):
             return ChoiceFinish(index, FinishReason.STOP_TOKEN, stop_token_id=stop, seed=seed)
         return ChoiceFinish(index, finish, seed=seed)
+
+
+def _broken_off(reason: str) -> StreamFailed:
+    """The provider ends an answer that is not complete: worth another try."""
+    return StreamFailed(Problem("the answer was broken off", reason), status=503)
 
 
 def logprobs_of(said: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
