@@ -53,3 +53,12 @@ def test_the_ledger_s_password_is_masked(tmp_path: Path, url: str) -> None:
     assert result.exit_code == 0, result.output
     assert "hunter2" not in result.output
     assert tomllib.loads(result.output)["ledger"].startswith("postgresql://")
+
+
+def test_the_response_cache_s_password_is_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRACE_RESPONSE_CACHE")
+    file = tmp_path / "headrace.toml"
+    file.write_text('response_cache = "rediss://me:hunter2@cache:6380/1"\n')
+    result = CliRunner().invoke(cli, ["config", "--config", str(file)])
+    assert result.exit_code == 0, result.output
+    assert tomllib.loads(result.output)["response_cache"] == "rediss://me:***@cache:6380/1"

@@ -56,7 +56,7 @@ def test_every_flag_sets_its_option(server: FakeServer):
         "--raw --n 2 --echo -m m -n 5 -t 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --typical-p 0.8 "
         "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --stop a --stop b "
         "--min-new-tokens 1 --ignore-eos --time-limit 1.5 "
-        "--seed 7 --latency-class batch --priority 3 --queue-timeout 2 --request-id r "
+        "--seed 7 --no-cache --latency-class batch --priority 3 --queue-timeout 2 --request-id r "
         "-o strict=true -o regex=a+ -o logit_bias={}"
     )
     result = run(server, "generate", "Hi", *flags.split())
@@ -89,6 +89,7 @@ def test_every_flag_sets_its_option(server: FakeServer):
             latency_class=generation_pb2.LATENCY_CLASS_BATCH, priority=3, queue_timeout={"seconds": 2}
         ),
         determinism=generation_pb2.DeterminismOptions(seed=7, strict=True),
+        cache=generation_pb2.CachePolicy(response=generation_pb2.CACHE_MODE_BYPASS),
         structured_output=generation_pb2.StructuredOutput(regex="a+"),
     )
     assert spec == expected

@@ -11,7 +11,7 @@ from headrace.backends.remote.plugin import RemoteBackend
 from headrace.backends.testing import BackendConformance
 from tests.remote.asking import remote_backend
 from tests.remote.background import upstream_in_thread
-from tests.remote.fakes.openai_chat import DEEPSEEK, KEY, LLAMA_CPP, OLLAMA, OPENAI, VLLM, FakeChat
+from tests.remote.fakes.openai_chat import DEEPSEEK, KEY, LLAMA_CPP, LLAMA_CPP_PYTHON, OLLAMA, OPENAI, VLLM, FakeChat
 from tests.remote.fakes.openai_completions import FakeCompletions
 from tests.remote.fakes.openai_responses import FakeResponses
 from tests.remote.fakes.script import FAILING_PROMPT
@@ -73,6 +73,11 @@ class TestVllm(RemoteConformance):
 class TestLlamaCpp(RemoteConformance):
     dialect = "llama-cpp"
     upstream = FakeChat(LLAMA_CPP, seconds_per_token=_SECONDS_PER_TOKEN)
+
+
+class TestLlamaCppPython(RemoteConformance):
+    dialect = "llama-cpp-python"
+    upstream = FakeChat(LLAMA_CPP_PYTHON, seconds_per_token=_SECONDS_PER_TOKEN)
 
 
 class TestDeepSeek(RemoteConformance):

@@ -145,6 +145,33 @@ def test_thinking_that_was_redacted_has_no_text():
     assert [type(one) for one in events] == [Delta, ChoiceFinish]
 
 
+def test_the_id_of_a_call_takes_the_thinking_before_it_along():
+    def block(index: int, content: dict[str, object], *deltas: dict[str, object]) -> list[dict[str, object]]:
+        return [
+            {"type": "content_block_start", "index": index, "content_block": content},
+            *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": index},
+        ]
+
+    thinking = {"type": "thinking", "thinking": "", "signature": ""}
+    raw = stream(
+        started(),
+        *block(
+            0, thinking, {"type": "thinking_delta", "thinking": "Hm"}, {"type": "signature_delta", "signature": "SigA="}
+        ),
+        *block(1, {"type": "text", "text": ""}, {"type": "text_delta", "text": "Größe "}),
+        *block(2, {"type": "redacted_thinking", "data": "EmwK"}),
+        *block(
+            3, thinking, {"type": "thinking_delta", "thinking": ""}, {"type": "signature_delta", "signature": "SigB/"}
+        ),
+        *block(4, {"type": "tool_use", "id": "toolu_1", "name": "x", "input": {}}),
+        *block(5, {"type": "tool_use", "id": "toolu_2", "name": "x", "input": {}}),
+        *stopped("tool_use"),
+    )
+    events, _ = read_events(DIALECT, raw)
+    assert [call_id for call_id, _, _ in tool_calls_of(events)] == ["toolu_1~0.SigA=~6:EmwK~6.SigB/", "toolu_2"]
+
+
 def test_a_call_without_arguments_is_an_empty_object():
     block = {"type": "tool_use", "id": "toolu_1", "name": "now", "input": {}}
     empty = {"type": "input_json_delta", "partial_json": ""}

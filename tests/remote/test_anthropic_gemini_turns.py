@@ -90,6 +90,20 @@ async def test_a_tool_is_called_and_its_result_gets_an_answer(there):
         assert text_of(second.events)
 
 
+async def test_what_a_model_thought_before_it_called_a_tool_goes_back_with_the_result(there):
+    async with there(reasoning=True) as provider:
+        choice = ToolChoiceMode.AUTO if provider.model.card.provider_model != gemini.MODEL else ToolChoiceMode.REQUIRED
+        first = await ask(provider.model, tools(choice=choice))
+        ((call_id, name, arguments),) = tool_calls_of(first.events)
+        assert reasoning_of(first.events)
+        turn = ChatMessage(Role.ASSISTANT, text_of(first.events), tool_calls=(ToolCall(call_id, name, arguments),))
+        second = await ask(provider.model, tools(turn, ChatMessage(Role.TOOL, "Ja.", tool_call_id=call_id)))
+        assert text_of(second.events)
+        sent = provider.upstream.requests[-1].body.decode()
+        assert (anthropic.SIGNATURE in sent) or (gemini.SIGNATURE in sent)
+        assert "~" not in sent
+
+
 async def test_reasoning_comes_apart_from_the_text_and_is_counted(there):
     async with there() as provider:
         request = request_of(reasoning=Reasoning(max_reasoning_tokens=1024))

@@ -213,8 +213,61 @@ def test_ids_of_another_provider_are_put_into_ones_that_the_api_takes():
     )
     used, answered = sent["messages"][1]["content"][0]["id"], sent["messages"][2]["content"][0]["tool_use_id"]
     assert used == answered
-    assert used.startswith("toolu_")
     assert used.replace("_", "").isalnum()
+
+
+def test_blocks_of_thinking_go_back_where_they_stood():
+    """The documentation's turn of thinking, text and a call ("Thinking with tool use"), and one with more of each."""
+    first = "toolu_01CswdEQBMshySk6Y9DFKrfq~0.BDaL4VrbR2Oj0hO4XpJxT28J5T"
+    second = "toolu_2~0.SigB=~5:EmwKAhgBEgy3va3pzix~5.SigC/+"
+    third = "toolu_3~12.SigD"
+    sent = body(
+        chat(
+            (USER, "What is the weather in Paris?"),
+            ChatMessage(ASSISTANT, "I can help you.", tool_calls=(ToolCall(first, "get_weather", "{}"),)),
+            ChatMessage(TOOL, "Rain", tool_call_id=first),
+            ChatMessage(
+                ASSISTANT,
+                "Now, Rome is",
+                tool_calls=(ToolCall(second, "get_weather", "{}"), ToolCall(third, "get_weather", "{}")),
+            ),
+            ChatMessage(TOOL, "Sun", tool_call_id=second),
+            ChatMessage(TOOL, "Wind", tool_call_id=third),
+            tools=(WEATHER,),
+        )
+    )
+
+    def use(call_id: str) -> dict[str, object]:
+        return {"type": "tool_use", "id": call_id, "name": "get_weather", "input": {}}
+
+    def thinking(signature: str) -> dict[str, object]:
+        return {"type": "thinking", "thinking": "", "signature": signature}
+
+    assert sent["messages"][1]["content"] == [
+        thinking("BDaL4VrbR2Oj0hO4XpJxT28J5T"),
+        {"type": "text", "text": "I can help you."},
+        use("toolu_01CswdEQBMshySk6Y9DFKrfq"),
+    ]
+    assert sent["messages"][2]["content"][0]["tool_use_id"] == "toolu_01CswdEQBMshySk6Y9DFKrfq"
+    assert sent["messages"][3]["content"] == [
+        thinking("SigB="),
+        {"type": "text", "text": "Now, "},
+        {"type": "redacted_thinking", "data": "EmwKAhgBEgy3va3pzix"},
+        thinking("SigC/+"),
+        {"type": "text", "text": "Rome is"},
+        use("toolu_2"),
+        thinking("SigD"),
+        use("toolu_3"),
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 3, 999_999_999])
+def test_a_place_in_a_text_that_has_been_cut_does_no_harm(place):
+    message = ChatMessage(ASSISTANT, "Hi", tool_calls=(ToolCall(f"toolu_1~{place}.Sig", "get_weather", "{}"),))
+    sent = body(chat((USER, "Hello"), message, ChatMessage(TOOL, "Rain", tool_call_id=message.tool_calls[0].id)))
+    kinds = [block["type"] for block in sent["messages"][1]["content"]]
+    assert sorted(kinds) == ["text", "thinking", "tool_use"]
+    assert kinds[-1] == "tool_use"
 
 
 @pytest.mark.parametrize("call_id", ["other", None])
@@ -224,8 +277,16 @@ def test_a_result_of_no_call_is_refused_by_its_place(call_id):
     assert field_of(error) == "chat.messages[1].tool_call_id"
 
 
-def test_arguments_that_are_no_object_are_refused_by_their_place():
-    broken = ChatMessage(ASSISTANT, "", tool_calls=(ToolCall("a", "x", "{}"), ToolCall("b", "x", '"text"')))
+DEEP = '{"x":' * 5000 + "1" + "}" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['"text"', "{", '{"x": NaN}', '{"x": -Infinity}', DEEP],
+    ids=["a text", "cut", "no number", "infinite", "deep"],
+)
+def test_arguments_that_are_no_object_are_refused_by_their_place(arguments):
+    broken = ChatMessage(ASSISTANT, "", tool_calls=(ToolCall("a", "x", "{}"), ToolCall("b", "x", arguments)))
     with pytest.raises(InvalidArgument) as error:
         body(chat((USER, "Hello"), broken, (USER, "And?")))
     assert field_of(error) == "chat.messages[1].tool_calls[1].arguments_json"

@@ -218,6 +218,15 @@ def test_calls_of_another_model_go_with_the_documented_stand_in_for_a_signature(
     assert sent["contents"][2]["parts"][0]["functionResponse"]["id"] == "toolu_1"
 
 
+def test_what_another_provider_puts_behind_its_ids_is_no_signature():
+    foreign = "toolu_1~0.BDaL4VrbR2Oj0hO4XpJxT28J5T"
+    sent = body(chat((USER, "Paris?"), calls(ToolCall(foreign, "x", "{}")), result(foreign, "Rain")))
+    (part,) = sent["contents"][1]["parts"]
+    assert part["thoughtSignature"] == "skip_thought_signature_validator"
+    assert part["functionCall"]["id"] == sent["contents"][2]["parts"][0]["functionResponse"]["id"]
+    assert "~" not in part["functionCall"]["id"]
+
+
 def test_what_is_set_of_sampling_is_sent_and_nothing_else():
     sampling = Sampling(temperature=0.5, top_k=40, top_p=0.9, presence_penalty=0.5, frequency_penalty=-0.5)
     assert config(sampling=sampling) == {"maxOutputTokens": 64}

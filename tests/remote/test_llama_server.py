@@ -1,4 +1,4 @@
-"""The dialects ``openai-compatible`` and ``openai-completions`` before a real server: llama-cpp-python's."""
+"""Three dialects before a real server, llama-cpp-python's: its own, ``openai-compatible`` and ``openai-completions``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from headrace.backends.api import WholeCallModel
-from headrace.backends.formats import JsonObjectFormat
+from headrace.backends.formats import JsonObjectFormat, JsonSchemaFormat
 from headrace.backends.remote.plugin import RemoteBackend
 from headrace.backends.testing import BackendConformance
 from headrace.backends.types import (
@@ -32,6 +32,7 @@ from tests.remote.llama_server import NOT_THERE, is_there, llama_server
 
 if is_there():
     GREEDY = Sampling(temperature=0.0)
+    SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
     ONE_AT_A_TIME = {"max_concurrent": 1, "queue_seconds": 60}
     """It breaks off the call that runs when another comes."""
 
@@ -50,6 +51,9 @@ if is_there():
             return remote_backend(server, cls.dialect, provider=ONE_AT_A_TIME, model="llama")
 
     class TestChat(LlamaServerConformance):
+        dialect = "llama-cpp-python"
+
+    class TestChatAtAServerOfNoName(LlamaServerConformance):
         dialect = "openai-compatible"
 
     class TestCompletions(LlamaServerConformance):
@@ -61,14 +65,14 @@ if is_there():
         )
 
     async def test_an_answer_comes_piece_by_piece(server: str) -> None:
-        async with remote_model(server, "openai-compatible", model="llama") as model:
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
             answer = await ask(model, greedy())
         assert len(answer.deltas()) > 5
         assert answer.finish().reason is FinishReason.MAX_TOKENS
         assert model.reported_version == "llama"
 
     async def test_a_stop_sequence_ends_the_text_before_it(server: str) -> None:
-        async with remote_model(server, "openai-compatible", model="llama") as model:
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
             whole = (await ask(model, greedy())).text()
             stop = whole[8:12]
             stopped = await ask(model, greedy(stopping=Stopping(stop_sequences=(stop,))))
@@ -82,26 +86,25 @@ if is_there():
             request = request_of("Tell me a story.", sampling=Sampling(temperature=1.5), seed=seed, options=hot)
             return call_of(request, max_new_tokens=24)
 
-        async with remote_model(server, "openai-compatible", model="llama") as model:
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
             await ask(model, seeded(1))  # what it computes of the prompt is what the others begin with
             first, again, other = [await ask(model, seeded(seed)) for seed in (1, 1, 2)]
         assert first.text() == again.text() != other.text()
         assert first.finish().seed == 1
 
-    async def test_json_is_json(server: str) -> None:
-        async with remote_model(server, "openai-compatible", model="llama") as model:
-            chat = "Give me a JSON object with one key, city. One line."
-            answer = await ask(model, greedy(chat, output_format=JsonObjectFormat()))
-        assert answer.text().lstrip().startswith("{")
-        if answer.finish().reason is FinishReason.EOS_TOKEN:
-            assert isinstance(json.loads(answer.text()), dict)
+    async def test_json_has_the_shape_that_was_asked_for(server: str) -> None:
+        chat = "Give me a JSON object with one key, city. One line."
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
+            anything = await ask(model, greedy(chat, output_format=JsonObjectFormat()))
+            city = await ask(model, greedy(chat, output_format=JsonSchemaFormat(json.dumps(SCHEMA))))
+        assert anything.text().lstrip().startswith("{")
+        assert json.loads(city.text())["city"] in ("Paris", "Rome")
 
     async def test_a_tool_that_must_be_called_is_called(server: str) -> None:
-        schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
-        tools = (ToolDefinition("weather", "The weather in a city.", json.dumps(schema)),)
+        tools = (ToolDefinition("weather", "The weather in a city.", json.dumps(SCHEMA)),)
         messages = (ChatMessage(Role.USER, "What is the weather in Paris?"),)
         chat = ChatInput(messages, tools=tools, tool_choice=NamedTool("weather"))
-        async with remote_model(server, "openai-compatible", model="llama") as model:
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
             answer = await ask(model, greedy(chat))
         [(call_id, name, arguments)] = tool_calls_of(answer.events)
         assert call_id
@@ -110,7 +113,7 @@ if is_there():
         assert answer.finish().reason is FinishReason.TOOL_CALLS
 
     async def test_what_it_does_not_count_is_estimated_and_marked_so(server: str) -> None:
-        async with remote_model(server, "openai-compatible", model="llama") as model:
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
             call = greedy()
             await ask(model, call)
         usage = call.meter.attempts[0].usage

@@ -15,7 +15,13 @@ from headrace.backends.formats import ChoiceFormat, JsonObjectFormat, JsonSchema
 from headrace.backends.remote.dialect import Dialect
 from headrace.backends.remote.dialects.deepseek import DeepSeek, DeepSeekExtension
 from headrace.backends.remote.dialects.openai_chat import OpenAiChat, OpenAiExtension
-from headrace.backends.remote.dialects.openai_compatible import LlamaCpp, OpenAiCompatible, Vllm, VllmExtension
+from headrace.backends.remote.dialects.openai_compatible import (
+    LlamaCpp,
+    LlamaCppPython,
+    OpenAiCompatible,
+    Vllm,
+    VllmExtension,
+)
 from headrace.backends.remote.dialects.openai_completions import OpenAiCompletions
 from headrace.backends.types import (
     Call,
@@ -42,7 +48,7 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 WEATHER = ToolDefinition("get_weather", "Get current temperature for a given location.", json.dumps(PARAMETERS))
-CHATS: list[Dialect] = [OpenAiChat(), OpenAiCompatible(), Vllm(), LlamaCpp(), DeepSeek()]
+CHATS: list[Dialect] = [OpenAiChat(), OpenAiCompatible(), Vllm(), LlamaCpp(), LlamaCppPython(), DeepSeek()]
 
 
 def chat(*turns: tuple[Role, str] | ChatMessage, **fields: Any) -> ChatInput:
@@ -128,8 +134,19 @@ def test_where_no_tool_may_be_called_the_model_is_shown_none(dialect):
 
 
 def test_servers_that_may_not_heed_a_demand_for_tools_are_not_asked_to():
+    source = chat((USER, "Hi"), tools=(WEATHER,), tool_choice=ToolChoiceMode.REQUIRED)
     with pytest.raises(UnsupportedOption, match=r"chat\.tool_choice\.mode.*vllm or llama-cpp"):
-        body(OpenAiCompatible(), chat((USER, "Hi"), tools=(WEATHER,), tool_choice=ToolChoiceMode.REQUIRED))
+        body(OpenAiCompatible(), source)
+    with pytest.raises(UnsupportedOption, match=r"chat\.tool_choice\.mode.*chat\.tool_choice\.name"):
+        body(LlamaCppPython(), source)
+    assert "chat.tool_choice.name" not in OpenAiCompatible.options
+
+
+def test_llama_cpp_is_shown_the_one_tool_that_it_must_call():
+    tools = (ToolDefinition("now"), WEATHER)
+    asked = body(LlamaCpp(), chat((USER, "Hi"), tools=tools, tool_choice=NamedTool("get_weather")))
+    assert [tool["function"]["name"] for tool in asked["tools"]] == ["get_weather"]
+    assert asked["tool_choice"] == "required"
 
 
 def test_only_what_the_caller_set_is_sent():
@@ -274,6 +291,13 @@ def test_llama_cpp_is_told_to_switch_off_what_it_would_do_by_itself():
     assert asked["logit_bias"] == {"3": 1.5}
     assert (asked["top_k"], asked["typical_p"], asked["ignore_eos"]) == (5, 0.5, True)
     assert asked["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_llama_cpp_python_is_told_in_its_own_way():
+    asked = body(LlamaCppPython(), output_format=JsonSchemaFormat(json.dumps(PARAMETERS)), sampling=Sampling(top_k=7))
+    off = {"top_p": 1.0, "top_k": 7, "min_p": 0.0, "repeat_penalty": 1.0}
+    assert asked | off == asked
+    assert asked["response_format"] == {"type": "json_object", "schema": PARAMETERS}
 
 
 def test_deepseek_reasons_only_if_it_is_to():

@@ -208,14 +208,17 @@ async def test_an_error_after_some_text_keeps_what_was_sent_and_bills_it(tmp_pat
         serving(tmp_path, upstream.url) as served,
     ):
         texts = []
-        with pytest.raises(grpc.aio.AioRpcError) as error:
+
+        async def read() -> None:
             async for event in stream(served):
                 if event.WhichOneof("event") == "delta":
                     texts.append(event.delta.text)
                     seen.set()
+
+        error = await failure_of(read())
         [posting] = await served.postings()
     assert texts == ["eight characters "]
-    assert error.value.code() is _Code.UNAVAILABLE
+    assert error.code() is _Code.UNAVAILABLE
     assert (posting.state, posting.outcome, posting.output_tokens, posting.estimated) == ("posted", "failed", 4, True)
 
 
@@ -308,6 +311,13 @@ def test_what_a_provider_says_of_the_server_is_for_its_operator_alone():
     error = _answered(401, Problem("organization org-17 has no such key", "invalid_api_key"))
     assert "org-17" not in str(error)
     assert "org-17" in str(error.__cause__)
+
+
+@pytest.mark.parametrize("header", ["request_id", "x_request_id"])
+def test_the_log_has_the_number_that_a_provider_gives_a_request(header: str):
+    assert str(_answered(503, Problem("busy"), **{header: "req_011\n"}).__cause__) == "request req_011"
+    assert str(_answered(401, Problem("no"), **{header: "req_011"}).__cause__) == "request req_011: no"
+    assert _answered(503).__cause__ is None
 
 
 def test_a_bad_key_is_the_operators_to_mend_whatever_the_status():

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+import tomllib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from headrace.backends.api import BackendContext, DeterminismClass
-from headrace.backends.errors import BackendError, BackendUnavailable, ModelNotFound
+from headrace.backends.errors import BackendError, BackendUnavailable, InvalidArgument, ModelNotFound
 from headrace.backends.remote.dialects.table import DIALECTS
+from headrace.backends.remote.options import ProviderOptions, RemoteModelOptions
 from headrace.backends.remote.plugin import RemoteBackend
-from tests.remote.asking import ask, ask_in_vain, call_of, remote_backend, remote_model
+from headrace.backends.types import ChatInput, ChatMessage, Role, Stopping, ToolCall, ToolDefinition
+from tests.remote.asking import ask, ask_in_vain, call_of, remote_backend, remote_model, request_of
 from tests.remote.remote_kit import MODEL, answer, provider
 from tests.remote.upstream import Answer, ReceivedRequest, Upstream
 from tests.tls_kit import Authority
@@ -142,6 +145,65 @@ async def test_fields_and_headers_of_the_settings_are_sent_and_what_bounds_a_cal
     body = request.json()
     assert (body["priority"], body["max_tokens"], body["stream"]) == (3, 5, True)
     assert body["stream_options"] == {"include_usage": True, "x": 1}
+
+
+async def test_half_a_character_in_a_callers_json_goes_on_as_it_came():
+    arguments = ToolCall("call_1", "f", '{"a": "\\ud83d"}')
+    chat = ChatInput(
+        (
+            ChatMessage(Role.ASSISTANT, "", tool_calls=(arguments,)),
+            ChatMessage(Role.TOOL, "x", tool_call_id="call_1"),
+        ),
+        (ToolDefinition("f", parameters_json_schema='{"const": "\\ud83d"}'),),
+    )
+    async with (
+        Upstream(lambda _: Answer(answer("Hi"))) as upstream,
+        remote_model(upstream.url, "openai-compatible") as model,
+    ):
+        await ask(model, call_of(request_of(chat)))
+    assert rb'"const":"\ud83d"' in upstream.requests[0].body
+
+
+async def test_json_of_a_caller_that_is_nested_too_deeply_is_refused():
+    schema = '{"a":' * 990 + "{}" + "}" * 990
+    chat = ChatInput((ChatMessage(Role.USER, "x"),), (ToolDefinition("f", parameters_json_schema=schema),))
+    async with remote_model("http://nobody.invalid", "openai-compatible") as model:
+        _, error = await ask_in_vain(model, call_of(request_of(chat)))
+    assert isinstance(error, InvalidArgument)
+
+
+async def test_a_models_limit_of_output_lowers_a_default_and_refuses_what_was_asked_for():
+    async with (
+        Upstream(lambda _: Answer(answer("Hi"))) as upstream,
+        remote_model(upstream.url, "openai-compatible", max_output_tokens=100) as model,
+    ):
+        await ask(model, call_of(max_new_tokens=101))
+        await ask(model, call_of(request_of(stopping=Stopping(max_new_tokens=100)), max_new_tokens=100))
+        asked = request_of(stopping=Stopping(max_new_tokens=101))
+        _, error = await ask_in_vain(model, call_of(asked, max_new_tokens=101))
+    assert [request.json()["max_tokens"] for request in upstream.requests] == [100, 100]
+    assert isinstance(error, InvalidArgument)
+    assert error.field == "stopping.max_new_tokens"
+
+
+def test_the_documents_settings_are_settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    [example, *_] = re.findall(r"^```toml\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    made = backend(tomllib.loads(example)["backends"]["remote"]["providers"])
+    assert [card.name for card in made.list_models()] == ["fast", "qwen3-8b"]
+    for card in made.list_models():
+        model = made.load(card.name)
+        assert model.problem() is None
+        model.close()
+
+
+@pytest.mark.parametrize("options", [ProviderOptions, RemoteModelOptions])
+def test_the_document_says_of_every_setting_what_its_field_says(options: type[BaseModel]):
+    text = DOCUMENT.read_text()
+    for name, field in options.model_fields.items():
+        assert name == "models" or re.search(
+            rf"^\| `{name}` \| .* \| {re.escape(field.description)} \|$", text, re.MULTILINE
+        ), name
 
 
 @pytest.mark.parametrize("base", ["/v1", "/v1/", "/a/b%2Fc/v1"])

@@ -71,6 +71,7 @@ class FlakyModelOptions(BaseModel):
     """What each call gets; the last step is for all further ones: ``says TEXT``, ``breaks TEXT``, ``thinks``,
     ``waits``, or the name of an error, with seconds if a provider gives it with a Retry-After."""
     context_length: int = 64
+    max_output_tokens: int | None = None
     options: list[str] = Field(default_factory=list)
     """Beside the usual ones."""
     tokenizer: bool = True
@@ -94,7 +95,9 @@ class FlakyModel:
     determinism = DeterminismClass.BEST_EFFORT
 
     def __init__(self, name: str, options: FlakyModelOptions) -> None:
-        self.card = ModelCard(name=name, context_length=options.context_length)
+        self.card = ModelCard(
+            name=name, context_length=options.context_length, max_output_tokens=options.max_output_tokens
+        )
         extensions = {} if options.extension is None else {options.extension: Anything}
         self.capabilities = Capabilities(options=OPTIONS | set(options.options), extensions=extensions)
         self.tokenizer = ByteTokenizer() if options.tokenizer else None
@@ -146,6 +149,7 @@ def error_named(name: str, model: str = "a", seconds: float | None = None) -> Ex
         "DeadlineExceeded": lambda: DeadlineExceeded("too late"),
         "InvalidArgument": lambda: InvalidArgument("text", "is wrong"),
         "Loading": lambda: Loading(model),
+        "OwnLimit": lambda: ProviderLimited(f"{model} is limited here", retry_after=0.5),
         "Overloaded": lambda: Overloaded(f"{model} is full", retry_after=0.5),
         "PermissionDenied": lambda: PermissionDenied("not you"),
         "ProviderLimited": lambda: ProviderLimited(f"{model} is limited", retry_after=seconds or 0.0),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from headrace.backends.errors import (
     BackendError,
@@ -18,7 +20,7 @@ from headrace.backends.errors import (
     ProviderRefused,
     UnsupportedOption,
 )
-from headrace.backends.types import AttemptOutcome, Call, Stopping
+from headrace.backends.types import AttemptOutcome, Call, Delta, Stopping
 from headrace.server.routing.breaker import State
 from headrace.server.routing.judgement import Judgement, judge
 from headrace.server.routing.routes import BreakerOptions, RetryOptions
@@ -27,6 +29,13 @@ from tests.server.server_kit import call, events_of, text_of
 
 TWO = {"assistant": route("a", "b")}
 NO_RETRIES = RetryOptions(max_retries=0)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+    """Captured: tracebacks of what fails on purpose take long to be written."""
+    with capture_logs():
+        yield
 
 
 def made(model: str | None = "assistant", **options: Any) -> Call:
@@ -124,6 +133,18 @@ async def test_after_the_first_event_there_is_no_other_try_and_what_was_sent_sta
         assert chain.router.breaker("a").failures_in_a_row == 1
 
 
+async def test_events_that_nobody_counts_are_sent_all_the_same() -> None:
+    async with chain_of({"a": [], "b": ["says hi"]}, TWO) as chain:
+
+        async def breaks(_: Call) -> Any:
+            yield Delta(0, "one")
+            raise BackendUnavailable("the connection broke")
+
+        chain.router.registry.look_up("a").handler = breaks
+        assert isinstance(await refused(chain, made()), BackendUnavailable)
+        assert chain.num_calls("b") == [0]
+
+
 async def test_a_try_that_has_used_output_is_the_last_one_since_only_one_is_held_for() -> None:
     async with chain_of({"a": ["thinks"], "b": ["says hi"]}, TWO) as chain:
         assert isinstance(await refused(chain, made()), BackendUnavailable)
@@ -154,7 +175,7 @@ async def test_meanwhile_other_calls_of_a_route_are_not_sent_there() -> None:
 
 
 async def test_our_own_limits_at_a_provider_do_not_keep_others_away() -> None:
-    async with chain_of({"a": ["ProviderLimited", "ProviderLimited", "says a"], "b": ["says b"]}, TWO) as chain:
+    async with chain_of({"a": ["OwnLimit", "OwnLimit", "says a"], "b": ["says b"]}, TWO) as chain:
         assert text_of(await events_of(chain.handler, made())) == "b"
         assert chain.router.breaker("a").state is State.CLOSED
         assert text_of(await events_of(chain.handler, made())) == "a"
@@ -303,6 +324,28 @@ async def test_while_a_probe_runs_the_others_go_elsewhere_until_it_is_answered()
         async with aclosing(chain.handler(made())) as stream:
             await anext(stream)  # the first event will do
             assert chain.router.breaker("a").state is State.CLOSED
+
+
+async def test_a_probe_that_is_cancelled_leaves_its_place_to_the_next_call() -> None:
+    breaker = BreakerOptions(failures_in_a_row=1, cool_down_seconds=10)
+    scripts = {"a": ["BackendError", "waits", "says a"], "b": ["says b"]}
+    async with chain_of(scripts, TWO, breaker=breaker) as chain:
+        await events_of(chain.handler, made())
+        chain.clock.now += 10
+        chain.model("a").began.clear()
+        task = asyncio.create_task(events_of(chain.handler, made()))
+        await chain.model("a").began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert text_of(await events_of(chain.handler, made())) == "a"
+
+
+async def test_nobody_waits_for_a_model_that_is_left_alone_by_then() -> None:
+    breaker = BreakerOptions(failures_in_a_row=1, cool_down_seconds=10)
+    async with chain_of({"a": ["BackendUnavailable"], "b": ["says b"]}, TWO, breaker=breaker) as chain:
+        assert text_of(await events_of(chain.handler, made())) == "b"
+        assert (chain.clock.slept, chain.num_calls("a")) == ([], [1])
 
 
 async def test_when_every_target_is_left_alone_the_error_says_when_to_come_back() -> None:

@@ -168,3 +168,15 @@ def test_the_model_folder_is_found_as_the_xdg_specification_says(monkeypatch: py
     monkeypatch.setenv("HEADRACE_MODELS_DIR", "~/mine")
     assert default_models_dir() == Path("/home/somebody/mine")
     assert load_settings(None, {}).models_dir == Path("/home/somebody/mine")
+
+
+def test_a_password_in_the_url_of_the_response_cache_is_in_no_message_and_no_repr() -> None:
+    said = refusal(response_cache="redis://:hunter2@cache/zero")
+    assert said.startswith("response_cache: must ")
+    assert "hunter2" not in said
+    assert "hunter2" not in repr(load_settings(None, {"response_cache": "redis://:hunter2@cache/0"}))
+
+
+def test_the_response_cache_is_in_memory_unless_it_is_switched_off() -> None:
+    assert load_settings(None, {}).response_cache == "memory"
+    assert load_settings(None, {"response_cache": "none"}).response_cache is None

@@ -121,7 +121,7 @@ async def test_a_hit_is_a_posting_of_its_own_and_its_receipt_can_be_found(tmp_pa
         assert (hit.input_tokens, hit.output_tokens) == (None, None)
         assert (hit.model, hit.backend, hit.price_id) == ("letters", "scripted", first.report.cost.price_id)
         assert hit.request_id == again.request_id == "again"
-        assert [one.state for one in receipts] == [accounting_pb2.RECEIPT_STATE_POSTED]
+        assert [(one.state, one.cache_hit) for one in receipts] == [(accounting_pb2.RECEIPT_STATE_POSTED, True)]
         assert await served.num_holds() == 0
         balance = await served.balance()
         assert balance is None or balance.held_nanos == 0

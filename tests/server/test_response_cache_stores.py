@@ -16,11 +16,11 @@ from structlog.testing import capture_logs
 
 from headrace.backends import types
 from headrace.backends.types import ChoiceFinish, Delta, FinishReason, GenerateRequest, Scored, Scoring, TextInput
+from headrace.server.cache_target import check_target, shown
 from headrace.server.caching.entries import CLEAN, StoredAnswer, from_bytes, is_whole, to_bytes
 from headrace.server.caching.memory_store import MemoryStore
 from headrace.server.caching.redis_store import RedisStore
 from headrace.server.caching.store import Store
-from headrace.server.caching.targets import check_target, shown
 from tests.server.cache_kit import ManualClock, RedisServer, stored
 
 KEY, OTHER = b"\x01" * 32, b"\x02" * 32

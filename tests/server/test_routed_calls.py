@@ -8,21 +8,24 @@ import re
 import signal
 import sys
 import tomllib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, generate_latest
+from structlog.testing import capture_logs
 
 from headrace.backends.components import CallRecord
 from headrace.backends.errors import Unauthenticated
-from headrace.backends.types import Credentials, Principal
+from headrace.backends.types import ANONYMOUS, Credentials, Principal
+from headrace.cli.main import cli
 from headrace.server.app import App, running_app
-from headrace.server.config import Settings, SettingsError
+from headrace.server.config import Settings, SettingsError, load_settings
 from headrace.server.metrics import Metrics
 from headrace.server.rpc.server import start_server
 from headrace.server.serve import serve
@@ -48,10 +51,18 @@ from tests.server.test_components import SOURCE as COMPONENTS
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "routing.md").read_text()
+EXAMPLES = re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 START = Callable[..., AbstractAsyncContextManager[Served]]
 ACME = (("tenant", "acme"),)
 ORDERED = {"assistant": {"targets": [{"model": "a"}, {"model": "b"}]}}
 PRICES = price_table(a={"input": 300, "output": 500}, b={"input": 3, "output": 5})
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[Any]]:
+    """Captured: tracebacks of what fails on purpose take seconds to be written."""
+    with capture_logs() as captured:
+        yield captured  # type: ignore[misc]
 
 
 class ByMetadata:
@@ -142,6 +153,22 @@ async def test_the_report_names_who_answered_and_what_was_tried_and_only_that_is
         assert 'headrace_attempts_total{model="b",outcome="completed",route="assistant"} 1.0' in metrics
         assert 'headrace_fallbacks_total{model="a",route="assistant"} 1.0' in metrics
         assert 'headrace_circuit_breaker{model="a",route="assistant",state="closed"} 1.0' in metrics
+
+
+async def test_the_log_says_where_a_call_went_on_after_an_error(start: START, logs: list[Any]) -> None:
+    async with start({"a": ["BackendUnavailable", "RuntimeError"], "b": ["says hi"]}) as served:
+        await served.generation.Generate(asked("a secret prompt"), metadata=ACME)
+    lines = [line for line in logs if line["event"] == "attempt_failed"]
+    assert [(line["route"], line["model"], line["error_type"]) for line in lines] == [
+        ("assistant", "a", "BackendUnavailable"),
+        ("assistant", "a", "RuntimeError"),
+    ]
+    assert lines[0]["retry_in"] > 0
+    assert lines[1]["retry_in"] is None
+    assert isinstance(lines[1]["exc_info"], RuntimeError)  # nobody else would hear of it
+    [finished] = [line for line in logs if line["event"] == "call_finished"]
+    assert (finished["route"], finished["model"]) == ("assistant", "b")
+    assert "secret prompt" not in str(logs)
 
 
 async def test_sinks_hear_of_the_route_and_of_all_that_was_tried(start: START) -> None:
@@ -239,7 +266,8 @@ async def test_models_of_any_backend_are_targets_and_a_local_one_can_be_the_fall
 async def test_a_route_is_listed_with_its_targets_and_how_they_are(start: START) -> None:
     routes = {"assistant": {"mode": "weighted", "targets": [{"model": "a", "weight": 3}, {"model": "b"}]}}
     scripts = {"a": {"script": ["BackendError"], "context_length": 100}, "b": {"options": ["n"]}}
-    async with start(scripts, routes, default_model="assistant", breaker={"failures_in_a_row": 1}) as served:
+    breaker = {"failures_in_a_row": 1, "cool_down_seconds": 3600}
+    async with start(scripts, routes, default_model="assistant", breaker=breaker) as served:
         models = models_pb2_grpc.ModelServiceStub(served.channel)
 
         async def described(name: str | None = None) -> models_pb2.Model:
@@ -386,8 +414,7 @@ def test_a_server_does_not_start_with_routes_that_lead_nowhere(options: dict[str
 
 
 async def test_the_example_of_the_documentation_works(start: START) -> None:
-    blocks = [tomllib.loads(block) for block in re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)]
-    options = {name: value for block in blocks for name, value in block.items()}
+    options = tomllib.loads("\n".join(EXAMPLES))
     assert options.keys() == {"routes", "retries", "breaker"}
     prices = price_table(**{"gpt-fast": {"input": 1, "output": 2}})
     scripts = {"small": {"context_length": 1000}, "gpt-fast": ["BackendError", "says fast"], "claude": ["says Claude"]}
@@ -402,3 +429,26 @@ async def test_the_example_of_the_documentation_works(start: START) -> None:
         served.app.registry.find("small").model.unhealthy = True  # type: ignore[union-attr]
         assert [await who(20) for _ in range(2)] == ["claude", "gpt-fast"]
         assert await who(20, pb.LATENCY_CLASS_BATCH) == "claude"
+
+
+async def test_before_the_models_are_known_there_are_no_routes() -> None:
+    app = App(settings(routes={"r": route("letters")}, default_model="r"))
+    try:
+        assert app.list_models(ANONYMOUS) == []
+        await app.load()
+        assert [(model.card.name, model.is_default) for model in app.list_models(ANONYMOUS)] == [
+            ("letters", False),
+            ("r", True),
+        ]
+    finally:
+        await app.close()
+
+
+def test_the_configuration_shows_routes_as_a_file_takes_them(tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text("\n".join(EXAMPLES))
+    shown = CliRunner(env={"HEADRACE_MODELS_DIR": str(tmp_path)}).invoke(cli, ["config", "--config", str(file)])
+    assert shown.exit_code == 0, shown.output
+    again, first = load_settings(None, tomllib.loads(shown.stdout)), load_settings(file, {})
+    assert (again.routes, again.retries, again.breaker) == (first.routes, first.retries, first.breaker)
+    assert list(first.routes) == ["assistant"]

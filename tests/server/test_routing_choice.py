@@ -230,6 +230,16 @@ async def test_a_target_may_be_for_short_inputs_and_one_whose_context_is_too_sma
             await model_of(chain, "x" * 1000)
 
 
+async def test_a_target_whose_output_is_limited_is_for_calls_that_ask_for_no_more() -> None:
+    async with chain_of({"a": {"max_output_tokens": 5}, "b": {}}, {"r": route("a", "b")}) as chain:
+        assert [await model_of(chain, "hi", stopping=Stopping(max_new_tokens=most)) for most in (5, 6)] == ["a", "b"]
+        one = call("hi", model="a")  # which would get 8
+        await events_of(chain.handler, one)
+        assert one.max_new_tokens == 5
+        with pytest.raises(InvalidArgument, match=r"stopping\.max_new_tokens: must be at most 5 for 'a', got 6"):
+            await model_of(chain, "hi", "a", stopping=Stopping(max_new_tokens=6))
+
+
 async def test_where_a_target_cannot_count_another_one_does_and_else_four_bytes_are_a_token() -> None:
     uncounted = {"tokenizer": False, "context_length": 1000}
     short = {"model": "a", "max_input_tokens": 20}

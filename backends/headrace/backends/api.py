@@ -48,6 +48,8 @@ class ModelCard:
     name: str
     context_length: int
     """Tokens of prompt and output together."""
+    max_output_tokens: int | None = None
+    """Tokens of output alone, at most; ``None``: what the context leaves."""
     digest: str | None = None
     architecture: str | None = None
     quantization: str | None = None

@@ -131,7 +131,7 @@ class WatchUsageResponse(_message.Message):
     def __init__(self, receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("id", "sequence", "request_id", "state", "tenant", "key_id", "model", "outcome", "usage", "cost", "held_nanos", "held_tokens", "held_at", "settled_at", "recovered")
+    __slots__ = ("id", "sequence", "request_id", "state", "tenant", "key_id", "model", "outcome", "usage", "cost", "held_nanos", "held_tokens", "held_at", "settled_at", "recovered", "cache_hit")
     ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class Receipt(_message.Message):
     HELD_AT_FIELD_NUMBER: _ClassVar[int]
     SETTLED_AT_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
     id: str
     sequence: int
     request_id: str
@@ -162,7 +163,8 @@ class Receipt(_message.Message):
     held_at: _timestamp_pb2.Timestamp
     settled_at: _timestamp_pb2.Timestamp
     recovered: bool
-    def __init__(self, id: _Optional[str] = ..., sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., state: _Optional[_Union[ReceiptState, str]] = ..., tenant: _Optional[str] = ..., key_id: _Optional[str] = ..., model: _Optional[str] = ..., outcome: _Optional[_Union[_usage_pb2.AttemptOutcome, str]] = ..., usage: _Optional[_Union[_usage_pb2.Usage, _Mapping]] = ..., cost: _Optional[_Union[_usage_pb2.Cost, _Mapping]] = ..., held_nanos: _Optional[int] = ..., held_tokens: _Optional[int] = ..., held_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., settled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recovered: bool = ...) -> None: ...
+    cache_hit: bool
+    def __init__(self, id: _Optional[str] = ..., sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., state: _Optional[_Union[ReceiptState, str]] = ..., tenant: _Optional[str] = ..., key_id: _Optional[str] = ..., model: _Optional[str] = ..., outcome: _Optional[_Union[_usage_pb2.AttemptOutcome, str]] = ..., usage: _Optional[_Union[_usage_pb2.Usage, _Mapping]] = ..., cost: _Optional[_Union[_usage_pb2.Cost, _Mapping]] = ..., held_nanos: _Optional[int] = ..., held_tokens: _Optional[int] = ..., held_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., settled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recovered: bool = ..., cache_hit: bool = ...) -> None: ...
 
 class GetBudgetRequest(_message.Message):
     __slots__ = ("tenant",)

@@ -12,9 +12,9 @@ from headrace.cli.errors import CliError
 from headrace.cli.serve import load
 from headrace.cli.settings_options import settings_options
 from headrace.cli.toml_text import toml_value
+from headrace.server import cache_target
 from headrace.server.accounting.database import shown
 from headrace.server.app import App
-from headrace.server.caching import targets as caching_targets
 from headrace.server.config import Settings, SettingsError, Tables
 from headrace.server.plugins import PluginError
 
@@ -35,7 +35,7 @@ def config(config_file: Path | None, flags: dict[str, Any]) -> None:
     if "://" in (settings.ledger or ""):
         values["ledger"] = shown(make_url(str(settings.ledger)))
     if settings.response_cache is not None:
-        values["response_cache"] = caching_targets.shown(settings.response_cache)
+        values["response_cache"] = cache_target.shown(settings.response_cache)
     tables = {name: values.pop(name) for name in list(values) if Settings.model_fields[name].annotation == Tables}
     for name, value in values.items():
         if value is None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import click
 
-from headrace.client import End, Event, Finish, FinishReason, PromptEcho, Report, TextDelta, Usage
+from headrace.client import CacheStatus, End, Event, Finish, FinishReason, PromptEcho, Report, TextDelta, Usage
 
 _CONTROL: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
     0x7F: "␡",

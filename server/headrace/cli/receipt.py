@@ -36,7 +36,8 @@ def _facts(one: Receipt) -> dict[str, str]:
     estimated = " (estimated)" if usage and usage.estimated else ""
     return {
         "receipt": f"{one.id}{f', number {one.sequence}' if one.sequence is not None else ''}",
-        "state": f"{one.state or ''}{', recovered after its server was killed' if one.recovered else ''}",
+        "state": f"{one.state or ''}{', recovered after its server was killed' if one.recovered else ''}"
+        f"{', a stored answer' if one.cache_hit else ''}",
         "outcome": one.outcome or "",
         "tenant": one.tenant,
         "key": one.key_id or "",

@@ -85,5 +85,7 @@ def _write_tokens(scores: Scores) -> None:
 
 
 def _summary(usage: Usage) -> str:
+    if usage.input_tokens is None:
+        return "a stored answer"
     cached = f", {usage.cache_read_input_tokens} of them cached" if usage.cache_read_input_tokens else ""
     return f"{usage.input_tokens} input tokens{cached}"

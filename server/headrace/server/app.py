@@ -26,9 +26,9 @@ from headrace.server.accounting.expectations import Expectations
 from headrace.server.accounting.exports import UsageEvents
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.prices import Priced, Prices
+from headrace.server.cache_target import MEMORY
 from headrace.server.caching.memory_store import MemoryStore
 from headrace.server.caching.store import Store
-from headrace.server.caching.targets import MEMORY
 from headrace.server.config import Authentication, Settings, SettingsError
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.middleware.accounting import account

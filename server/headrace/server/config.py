@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from headrace.backends.paths import default_models_dir, default_state_dir
 from headrace.server.accounting.event_targets import parse_target
 from headrace.server.accounting.plans import Limits
-from headrace.server.caching.targets import MEMORY, check_target
+from headrace.server.cache_target import MEMORY, check_target
 from headrace.server.routing.routes import BreakerOptions, RetryOptions, RouteOptions
 
 

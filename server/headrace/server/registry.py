@@ -108,6 +108,9 @@ class ModelRegistry:
     def __iter__(self) -> Iterator[Served]:
         yield from self._served.values()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._served
+
     def offered(self, models: frozenset[str] | None) -> list[Served]:
         """What a caller who may use ``models`` hears of; ``None``: all there is."""
         return [served for name, served in self._served.items() if models is None or name in models]

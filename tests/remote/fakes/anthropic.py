@@ -19,6 +19,7 @@ from tests.remote.upstream import EVENT_STREAM, Answer, ReceivedRequest, json_an
 
 KEY = "sk-ant-test"
 REQUEST_ID = "req_011CSHoEeqs5C35K2UUqR7Fy"
+SIGNATURE = "EqQBCgIYAhIM/+="
 
 _FIELDS = {
     "model", "messages", "max_tokens", "cache_control", "container", "inference_geo", "metadata", "output_config",
@@ -38,7 +39,7 @@ def error(kind: str, message: str, status: int) -> Answer:
 
 
 class FakeAnthropic:
-    """Answers by the script. Where it must call a tool, it does so with ``{"location": "Zürich"}``."""
+    """Answers by the script. Where it must call a tool, or may and thinks, it does, with ``{"location": "Zürich"}``."""
 
     def __init__(self, *, seconds_per_token: float = 0.0) -> None:
         self._seconds_per_token = seconds_per_token
@@ -76,6 +77,7 @@ def _problem(body: dict[str, Any]) -> str | None:
     if any(one == next_one for one, next_one in pairwise(roles)):
         return "messages: roles must alternate"  # the API would join them: the dialect does
     called: set[str] = set()
+    answered: set[str] = set()
     for message in body["messages"]:
         blocks = message["content"]
         if any(block["type"] == "text" and not block["text"] for block in blocks):
@@ -85,6 +87,12 @@ def _problem(body: dict[str, Any]) -> str | None:
             return "messages: `tool_use` ids were found without `tool_result` blocks immediately after"
         called = {block["id"] for block in blocks if block["type"] == "tool_use"}
     thinking = body.get("thinking", {"type": "disabled"})
+    if thinking["type"] != "disabled" and answered:
+        first = body["messages"][-2]["content"][0]
+        if first["type"] != "thinking":
+            return f"messages.1.content.0.type: Expected `thinking`, but found `{first['type']}`."
+        if first["signature"] != SIGNATURE:
+            return "messages.1.content.0: Invalid `signature` in `thinking` block"
     if thinking["type"] == "enabled" and not 1024 <= thinking["budget_tokens"] < body["max_tokens"]:
         return "max_tokens must be greater than thinking.budget_tokens"
     if thinking["type"] != "disabled" and (body.get("temperature", 1) != 1 or "top_k" in body):
@@ -116,12 +124,13 @@ def _events(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"type": "content_block_start", "index": 0, "content_block": block}
         for thought in thoughts:
             yield _delta(0, {"type": "thinking_delta", "thinking": thought})
-        yield _delta(0, {"type": "signature_delta", "signature": "EqQBCgIYAhIM"})
+        yield _delta(0, {"type": "signature_delta", "signature": SIGNATURE})
         yield {"type": "content_block_stop", "index": 0}
         index = 1
     choice = body.get("tool_choice", {"type": "none"})
     said = say(_prompt(body), body["max_tokens"] - num_thought, body.get("stop_sequences", ()))
-    if choice["type"] in ("any", "tool"):
+    may_call = choice["type"] == "auto" and num_thought and "tool_result" not in str(body["messages"][-1])
+    if choice["type"] in ("any", "tool") or may_call:
         name = choice.get("name", body["tools"][0]["name"] if "tools" in body else "")
         block = {"type": "tool_use", "id": f"toolu_{index:02}", "name": name, "input": {}}
         yield {"type": "content_block_start", "index": index, "content_block": block}

@@ -8,6 +8,7 @@
   with the last choice, and comments keep the connection alive.
 - vLLM 0.32: what its ``ChatCompletionStreamResponse`` writes; ``stop_reason`` is in the last chunk of a choice alone.
 - llama.cpp: tools/server/README.md and what its ``to_json_oaicompat_chat_stream`` writes.
+- llama-cpp-python 0.3.36: its server, as it was seen; it counts nothing in streams.
 - Ollama: https://docs.ollama.com/api/openai-compatibility; a role in every chunk.
 
 A field that the API does not have is refused: whether a dialect invents any is seen that way.
@@ -58,6 +59,12 @@ _LLAMA_CPP = {
     "messages", "model", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "max_tokens",
     "presence_penalty", "response_format", "seed", "stop", "stream", "stream_options", "temperature", "top_p", "tools",
     "tool_choice", "top_k", "min_p", "typical_p", "repeat_penalty", "ignore_eos", "chat_template_kwargs",
+}  # fmt: skip
+
+_LLAMA_CPP_PYTHON = {
+    "model", "messages", "tools", "tool_choice", "max_tokens", "min_tokens", "logprobs", "top_logprobs", "temperature",
+    "top_p", "min_p", "stop", "stream", "stream_options", "presence_penalty", "frequency_penalty", "logit_bias", "seed",
+    "response_format", "top_k", "repeat_penalty",
 }  # fmt: skip
 
 
@@ -113,6 +120,13 @@ LLAMA_CPP = Api(
     {"created": 1761000000, "id": "chatcmpl-nTcRSi2jRvCkBUGPI0zlcYZBwRs6nBQt", "model": "smol"}
     | {"system_fingerprint": "b6794-f9bc66c3e", "object": "chat.completion.chunk"},
     {"role": "assistant", "content": None},
+)
+
+LLAMA_CPP_PYTHON = Api(
+    _LLAMA_CPP_PYTHON,
+    {"id": "chatcmpl-698d6755", "model": "smol", "created": 1795458549, "object": "chat.completion.chunk"},
+    {"role": "assistant"},
+    separators=(", ", ": "),
 )
 
 
@@ -197,7 +211,7 @@ class _Answering:
                 elif usage.get("include_usage") and self.api in (OPENAI, DEEPSEEK):
                     chunk["usage"] = None
                 yield chunk
-        if usage.get("include_usage") and self.api is not DEEPSEEK:
+        if usage.get("include_usage") and self.api not in (DEEPSEEK, LLAMA_CPP_PYTHON):
             yield {**self.api.head, "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:

@@ -51,8 +51,11 @@ def answered(
     said = _line(redact(problem.message))
     error = _by_status(provider, status, code, said, _retry_after(headers, problem))
     error.provider_status = ProviderStatus(provider, status, code)
-    if isinstance(error, ProviderRefused) and said:
-        error.__cause__ = ProviderSaid(said)
+    if isinstance(error, BackendError):
+        # The number is what a provider's support asks for.
+        number = _line(redact(headers.get("request-id") or headers.get("x-request-id") or ""))
+        words = [f"request {number}" if number else "", said if isinstance(error, ProviderRefused) else ""]
+        error.__cause__ = ProviderSaid(": ".join(filter(None, words))) if any(words) else None
     return error
 
 

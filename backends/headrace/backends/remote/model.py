@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from headrace.backends.api import Capabilities, DeterminismClass, ModelCard, Tokenizer
-from headrace.backends.errors import DeadlineExceeded, HeadraceError, ProviderLimited, QueueTimeout
+from headrace.backends.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ProviderLimited, QueueTimeout
 from headrace.backends.remote import failures
 from headrace.backends.remote.counting import Counting
 from headrace.backends.remote.options import CancelPolicy, RemoteModelOptions
@@ -129,9 +129,10 @@ class RemoteModel:
     async def _answer(self, call: Call, counting: Counting) -> Events:
         """All but the end, and the attempt's usage. Raises TimeLimitPassed, too."""
         provider, settings = self._provider, self._provider.options
+        call.max_new_tokens = self._max_new_tokens(call)
         headers = {**provider.dialect.headers(provider.keys.of(call.principal.tenant)), **settings.headers}
         body = _filled(provider.dialect.body(call, self._options), self._options.extra_body)
-        raw = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        raw = _json(body)
         waiting = Waiting(call, provider.name, self._clock)
         await self._enter(call, waiting)
         try:
@@ -148,6 +149,15 @@ class RemoteModel:
                 response.close()
         finally:
             provider.gate.leave()
+
+    def _max_new_tokens(self, call: Call) -> int:
+        """What was asked for; a default is lowered to what the model can."""
+        most, asked = self._options.max_output_tokens, call.request.stopping.max_new_tokens
+        if most is None or call.max_new_tokens <= most:
+            return call.max_new_tokens
+        if asked is not None and asked > most:
+            raise InvalidArgument("stopping.max_new_tokens", f"must be at most {most} for this model, got {asked}")
+        return most
 
     async def _enter(self, call: Call, waiting: Waiting) -> None:
         """Waits for a turn at the provider."""
@@ -242,6 +252,14 @@ def _filled(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(body[name], dict) and isinstance(extra[name], dict):
             filled[name] = _filled(body[name], extra[name])
     return filled
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    """In ASCII: what a caller's own JSON escapes, such as half a character, goes on as an escape."""
+    try:
+        return json.dumps(body, separators=(",", ":")).encode()
+    except RecursionError as error:
+        raise InvalidArgument("request", "is nested too deeply") from error
 
 
 def _queued_too_long(refusal: Callable[[], ProviderLimited]) -> HeadraceError:

@@ -89,6 +89,7 @@ def _card(name: str, provider: Provider, options: RemoteModelOptions) -> ModelCa
     return ModelCard(
         name=name,
         context_length=options.context_length,
+        max_output_tokens=options.max_output_tokens,
         provider=provider.name,
         provider_model=options.model,
         revision=options.revision,

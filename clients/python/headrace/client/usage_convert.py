@@ -45,6 +45,7 @@ def receipt(message: pb.Receipt) -> usage_types.Receipt:
         held_at=_time(message.held_at),
         settled_at=_time(message.settled_at) if message.HasField("settled_at") else None,
         recovered=optional(message, "recovered"),
+        cache_hit=optional(message, "cache_hit"),
     )
 
 

@@ -97,6 +97,7 @@ class Receipt:
     held_at: datetime
     settled_at: datetime | None = None
     recovered: bool | None = None
+    cache_hit: bool | None = None
 
     @property
     def held(self) -> Decimal:

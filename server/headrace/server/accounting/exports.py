@@ -75,6 +75,7 @@ def event_of(receipt: Receipt, *, ledger_id: str, currency: str) -> dict[str, An
             "price_id": receipt.price_id,
             "held_at": _time(receipt.held_at),
             "recovered": receipt.recovered,
+            "cache_hit": receipt.is_hit,
         },
     }
 

@@ -90,6 +90,12 @@ class Receipt:
     settled_at: int | None = None
     recovered: bool = False
 
+    @property
+    def is_hit(self) -> bool:
+        """Whether a stored answer was given: nothing else is posted that used nothing."""
+        usage = self.usage
+        return self.state is State.POSTED and usage is not None and not (usage.input_tokens or usage.output_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Page:

@@ -97,16 +97,10 @@ class Idempotency:
         are being read; LedgerUnavailable.
         """
 
-        async def handle(call: Call) -> Events:
+        def handle(call: Call) -> Events:
             if call.request.idempotency_key is None:
-                async with aclosing(inner(call)) as events:
-                    async for event in events:
-                        yield event
-                return
-            run = await self._join(call, call.request.idempotency_key, inner)
-            async with aclosing(self._read(call, run)) as events:
-                async for event in events:
-                    yield event
+                return inner(call)
+            return self._answer(call, call.request.idempotency_key, inner)
 
         return handle
 
@@ -120,6 +114,12 @@ class Idempotency:
             await asyncio.wait(tasks)
 
     # --- reading ---------------------------------------------------------------------------------------------------
+
+    async def _answer(self, call: Call, name: str, inner: Handler) -> Events:
+        run = await self._join(call, name, inner)
+        async with aclosing(self._read(call, run)) as events:
+            async for event in events:
+                yield event
 
     async def _join(self, call: Call, name: str, inner: Handler) -> _Run:
         """What answers under a key, begun unless it is there."""

@@ -91,21 +91,16 @@ class ResponseCache:
         BudgetSpent or BudgetHeld where a hit has a price, and LedgerUnavailable.
         """
 
-        async def handle(call: Call) -> Events:
-            async with aclosing(self._answer(call, inner)) as events:
-                async for event in events:
-                    yield event
+        def handle(call: Call) -> Events:
+            if _is_cached(call, call.targets[0]):
+                return self._answer(call, inner)
+            call.meter.cache = CacheStatus.BYPASS
+            return inner(call)
 
         return handle
 
     async def _answer(self, call: Call, inner: Handler) -> Events:
         target = call.targets[0]
-        if not _is_cached(call, target):
-            call.meter.cache = CacheStatus.BYPASS
-            async with aclosing(inner(call)) as events:
-                async for event in events:
-                    yield event
-            return
         key = await _key(call, target)
         if (answer := await self._look_up(call, key)) is not None:
             call.meter.cache = CacheStatus.HIT
@@ -291,13 +286,11 @@ class ResponseCache:
 def without_cache(inner: Handler) -> Handler:
     """For a server that stores no answers. Raises UnsupportedOption for a call that asks for a stored one."""
 
-    async def handle(call: Call) -> Events:
+    def handle(call: Call) -> Events:
         if call.request.response_caching.enabled:
             model, needed = call.targets[0].model, "a response cache, which this server does not have"
             raise UnsupportedOption("cache.response", model=model.card.name, backend=model.backend, needed=needed)
-        async with aclosing(inner(call)) as events:
-            async for event in events:
-                yield event
+        return inner(call)
 
     return handle
 

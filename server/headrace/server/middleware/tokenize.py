@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
 
-from headrace.backends.api import ContinuingTokenizer, InfillTokenizer, Model
+from headrace.backends.api import ContinuingTokenizer, InfillTokenizer, Model, ModelCard
 from headrace.backends.errors import HeadraceError, InvalidArgument, UnsupportedOption
 from headrace.backends.types import (
     Call,
@@ -59,7 +59,9 @@ def tokenize(inner: Handler, *, router: Router, executor: Executor, default_max_
                 candidates: tuple[tuple[int, ...], ...] = ()
                 if call.request.scoring is None:
                     _check_ids(call.request, target.model)
-                    max_new_tokens = _max_new_tokens(call.request, prompt, max_tokens, default_max_new_tokens)
+                    max_new_tokens = _max_new_tokens(
+                        call.request, prompt, target.model.card, max_tokens, default_max_new_tokens
+                    )
                 else:
                     candidates = await _candidates(call.request.scoring, prompt, target.model, max_tokens, executor)
                 fit.append(
@@ -249,13 +251,18 @@ def _check_ids(request: GenerateRequest, model: Model) -> None:
     _check_vocabulary("stopping.stop_token_ids", request.stopping.stop_token_ids, size)
 
 
-def _max_new_tokens(request: GenerateRequest, prompt: Prompt, max_tokens: int, default: int) -> int:
+def _max_new_tokens(request: GenerateRequest, prompt: Prompt, card: ModelCard, max_tokens: int, default: int) -> int:
     stopping, num_prompt_tokens = request.stopping, len(prompt.token_ids)
     room = max_tokens - num_prompt_tokens
     if room < 1:
         problem = f"has {num_prompt_tokens} tokens; the context holds {max_tokens}, one of them new"
         raise InvalidArgument("input", problem)
+    most = card.max_output_tokens
+    if most is not None and stopping.max_new_tokens is not None and stopping.max_new_tokens > most:
+        problem = f"must be at most {most} for {card.name!r}, got {stopping.max_new_tokens}"
+        raise InvalidArgument("stopping.max_new_tokens", problem)
     if stopping.max_new_tokens is None:
+        room = room if most is None else min(room, most)
         return max(min(default, room), min(stopping.min_new_tokens, room))
     if stopping.max_new_tokens > room:
         problem = f"must be at most {room} after {num_prompt_tokens} prompt tokens, got {stopping.max_new_tokens}"

@@ -64,11 +64,11 @@ class Router:
         """The routes that a caller who may use ``models`` hears of; ``None``: all there are. Whoever may use a route
         may use its targets by it.
         """
-        return [name for name in self._routes if models is None or name in models]
+        return [name for name in self._routes if self._is_offered(name, models)]
 
     def default_for(self, models: frozenset[str] | None) -> str | None:
         """What a request that names none asks for: the default, or if that is not the caller's, the first that is."""
-        if self._default in self._routes and (models is None or self._default in models):
+        if self._default is not None and self._is_offered(self._default, models):
             return self._default
         return self.registry.default_for(models) or next(iter(self.names(models)), None)
 
@@ -80,13 +80,13 @@ class Router:
         models, request = call.principal.models, call.request
         name = request.model or self.default_for(models)
         strict = request.strict or (to_run and self._strict)
-        route = self._routes.get(name or "")
-        if name is None or route is None or (models is not None and name not in models):
+        if name is None or not self._is_offered(name, models):
             try:
                 served = self.registry.look_up(name, models)
             except ModelNotFound as error:
                 raise ModelNotFound(error.model, (*error.known, *self.names(models))) from None
             return None, (target_for(served, request, strict=strict),)
+        route = self._routes[name]
         candidates = [self._candidate(target, to_run=to_run) for target in route.targets]
         mode = route.mode if to_run else Mode.ORDERED
         return name, choose(name, candidates, request, mode=mode, strict=strict, number=self._number)
@@ -133,6 +133,11 @@ class Router:
             for name, route in self._routes.items()
             for target in route.targets
         ]
+
+    def _is_offered(self, name: str, models: frozenset[str] | None) -> bool:
+        """No route is while the server does not know yet what models there are."""
+        route = self._routes.get(name)
+        return route is not None and (models is None or name in models) and route.targets[0].model in self.registry
 
     def _candidate(self, options: TargetOptions, *, to_run: bool) -> Candidate:
         served = self.registry.look_up(options.model)

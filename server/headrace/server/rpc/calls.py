@@ -272,6 +272,7 @@ def tokens_for_log(call: Call) -> dict[str, Any]:
     usage = call.meter.usage()
     return {
         "model": call.model.card.name if call.model is not None else None,
+        **({} if call.route is None else {"route": call.route}),
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
     }

@@ -54,6 +54,8 @@ def receipt_message(receipt: queries.Receipt, *, currency: str, show_costs: bool
         message.cost.CopyFrom(_cost_message(receipt, receipt.price_id, currency, show_costs=show_costs))
     if receipt.recovered:
         message.recovered = True
+    if receipt.is_hit:
+        message.cache_hit = True
     return message
 
 

@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import JsonSchemaFormat
-from headrace.backends.remote.dialect import Problem, StreamFailed
+from headrace.backends.remote.dialect import Problem
+from headrace.backends.remote.dialects.anthropic_stream import AnthropicReader, problem_of
+from headrace.backends.remote.dialects.anthropic_thoughts import read_id
 from headrace.backends.remote.dialects.chat import called_tools, json_object, split_system
-from headrace.backends.remote.dialects.counts import count
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.remote.sse import ServerSentEvent
-from headrace.backends.types import (
-    Call,
-    ChatInput,
-    ChatMessage,
-    ChoiceFinish,
-    Delta,
-    Event,
-    FinishReason,
-    NamedTool,
-    Role,
-    ToolCallDelta,
-    ToolChoiceMode,
-    Usage,
-)
+from headrace.backends.types import Call, ChatInput, ChatMessage, NamedTool, Role, ToolChoiceMode, Usage
 
 _MIN_THINKING = 1024
 """What the API takes as ``budget_tokens``, at least."""
 _MIN_TOP_P = 0.95
 """While it thinks."""
-_TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]+")
 _CHOICE_MODES = {ToolChoiceMode.AUTO: "auto", ToolChoiceMode.REQUIRED: "any", ToolChoiceMode.NONE: "none"}
 _SAMPLING = ("temperature", "top_k", "top_p")
-_REASONS = {
-    "end_turn": FinishReason.EOS_TOKEN,
-    "max_tokens": FinishReason.MAX_TOKENS,
-    "model_context_window_exceeded": FinishReason.MAX_TOKENS,
-    # A limit of the provider's on its own tools, which only ``extra_body`` can ask for.
-    "pause_turn": FinishReason.MAX_TOKENS,
-    "stop_sequence": FinishReason.STOP_SEQUENCE,
-    "tool_use": FinishReason.TOOL_CALLS,
-    "refusal": FinishReason.CONTENT_FILTER,
-}
-_STATUSES = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
-"""Of HTTP, by the types of errors."""
 
 
 class CacheControl(BaseModel):
@@ -175,7 +136,7 @@ class AnthropicDialect:
 
     def problem(self, body: bytes) -> Problem:
         try:
-            return _problem(json.loads(body)["error"])
+            return problem_of(json.loads(body)["error"])
         except (ValueError, LookupError, TypeError, AttributeError):
             return Problem()
 
@@ -205,21 +166,25 @@ def _messages(messages: Sequence[tuple[int, ChatMessage]], *, continues: bool) -
 def _blocks(path: str, message: ChatMessage) -> list[dict[str, Any]]:
     if message.role is Role.TOOL:
         assert message.tool_call_id is not None
-        return [
-            {"type": "tool_result", "tool_use_id": _tool_use_id(message.tool_call_id), "content": message.text},
-        ]
-    blocks: list[dict[str, Any]] = [{"type": "text", "text": message.text}] if message.text else []
+        call_id, _ = read_id(message.tool_call_id)
+        return [{"type": "tool_result", "tool_use_id": call_id, "content": message.text}]
+    blocks: list[dict[str, Any]] = []
+    done = 0
     for i, call in enumerate(message.tool_calls):
+        call_id, thoughts = read_id(call.id)
+        for place, thought in thoughts:
+            blocks += _text(message.text[done:place])
+            blocks.append(thought)
+            done = max(done, place)
+        blocks += _text(message.text[done:])
+        done = len(message.text)
         arguments = json_object(call.arguments_json, f"{path}.tool_calls[{i}].arguments_json")
-        blocks.append({"type": "tool_use", "id": _tool_use_id(call.id), "name": call.name, "input": arguments})
-    return blocks
+        blocks.append({"type": "tool_use", "id": call_id, "name": call.name, "input": arguments})
+    return blocks + _text(message.text[done:])
 
 
-def _tool_use_id(call_id: str) -> str:
-    """As the API takes it: another provider, which made a call before, may write its ids otherwise."""
-    if _TOOL_USE_ID.fullmatch(call_id):
-        return call_id
-    return f"toolu_{hashlib.sha256(call_id.encode()).hexdigest()[:24]}"
+def _text(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}] if text else []
 
 
 def _tools(chat: ChatInput) -> list[dict[str, Any]]:
@@ -282,107 +247,3 @@ def _check_thinking(chat: ChatInput, body: Mapping[str, Any]) -> None:
     if wrong is not None:
         field, problem = wrong
         raise InvalidArgument(field, f"{problem}: this model's provider cannot do both")
-
-
-class AnthropicReader:
-    """Reads one answer (https://platform.claude.com/docs/en/build-with-claude/streaming)."""
-
-    def __init__(self, call: Call, usage: Usage) -> None:
-        self.finished = False
-        self.reported_version: str | None = None
-        self._usage = usage
-        self._counts: dict[str, int] = {}
-        """What it has said of the input: later events may say some of it again."""
-        self._with_reasoning = call.request.reasoning.include_text
-        self._with_stop_sequence = call.request.stopping.include_stop_sequence
-        self._tools: dict[int, tuple[int, bool]] = {}
-        """By the index of its block: which call it is, and whether it has arguments."""
-        self._finish: ChoiceFinish | None = None
-
-    def read(self, event: ServerSentEvent) -> Sequence[Event]:
-        return list(self._read(json.loads(event.data)))
-
-    def end(self) -> Sequence[Event]:
-        if self.finished:
-            return ()
-        if self._finish is None:
-            raise EOFError
-        return list(self._end(self._finish))
-
-    def _read(self, data: Any) -> Iterator[Event]:
-        match data["type"]:
-            case "message_start":
-                self.reported_version = data["message"].get("model")
-                self._count(data["message"].get("usage"))
-            case "content_block_start":
-                yield from self._begin_block(data["index"], data["content_block"])
-            case "content_block_delta":
-                yield from self._continue_block(data["index"], data["delta"])
-            case "content_block_stop":
-                yield from self._end_block(data["index"])
-            case "message_delta":
-                self._count(data.get("usage"))
-                if (reason := data["delta"].get("stop_reason")) is not None:
-                    self._finish = ChoiceFinish(
-                        0, _REASONS.get(reason, FinishReason.EOS_TOKEN), data["delta"].get("stop_sequence")
-                    )
-            case "message_stop":
-                if self._finish is None:
-                    raise ValueError("an answer ends without a reason")
-                yield from self._end(self._finish)
-            case "error":
-                problem = _problem(data["error"])
-                raise StreamFailed(problem, status=_STATUSES.get(problem.code or ""))
-
-    def _begin_block(self, index: int, block: Mapping[str, Any]) -> Iterator[Event]:
-        match block["type"]:
-            case "text" if block["text"]:
-                yield Delta(0, block["text"])
-            case "tool_use":
-                call = len(self._tools)
-                self._tools[index] = call, False
-                yield Delta(0, "", tool_calls=(ToolCallDelta(call, block["id"], block["name"]),))
-
-    def _continue_block(self, index: int, delta: Mapping[str, Any]) -> Iterator[Event]:
-        match delta["type"]:
-            case "text_delta" if delta["text"]:
-                yield Delta(0, delta["text"])
-            case "thinking_delta" if self._with_reasoning and delta["thinking"]:
-                yield Delta(0, "", reasoning_text=delta["thinking"])
-            # The provider's own tools have such deltas too.
-            case "input_json_delta" if index in self._tools and delta["partial_json"]:
-                call, _ = self._tools[index]
-                self._tools[index] = call, True
-                yield Delta(0, "", tool_calls=(ToolCallDelta(call, arguments_json=delta["partial_json"]),))
-
-    def _end_block(self, index: int) -> Iterator[Event]:
-        call, has_arguments = self._tools.get(index, (0, True))
-        if not has_arguments:  # of a tool without parameters
-            yield Delta(0, "", tool_calls=(ToolCallDelta(call, arguments_json="{}"),))
-
-    def _end(self, finish: ChoiceFinish) -> Iterator[Event]:
-        self.finished = True
-        if self._with_stop_sequence and finish.stop_sequence:
-            yield Delta(0, finish.stop_sequence)
-        yield finish
-
-    def _count(self, usage: Mapping[str, Any] | None) -> None:
-        """Counts are cumulative. Of the input there are three that are disjoint; ours includes all."""
-        if usage is None:
-            return
-        for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"):
-            if (number := count(usage, name)) is not None:
-                self._counts[name] = number
-        if "input_tokens" in self._counts:
-            self._usage.input_tokens = sum(self._counts.values())
-        self._usage.cache_read_input_tokens = self._counts.get("cache_read_input_tokens")
-        self._usage.cache_write_input_tokens = self._counts.get("cache_creation_input_tokens")
-        if (number := count(usage, "output_tokens")) is not None:
-            self._usage.output_tokens = number
-        if (details := usage.get("output_tokens_details")) is not None:
-            self._usage.reasoning_output_tokens = count(details, "thinking_tokens")
-
-
-def _problem(error: Mapping[str, Any]) -> Problem:
-    code, message = error.get("type"), error.get("message")
-    return Problem(message if isinstance(message, str) else "", code if isinstance(code, str) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -13,12 +14,17 @@ from headrace.backends.types import ChatInput, ChatMessage, Role
 def json_object(text: str, field: str) -> dict[str, Any]:
     """The object that ``text`` is. Raises InvalidArgument for ``field``."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(field, "must be a JSON object, and cannot be read as one") from error
     if not isinstance(value, dict):
         raise InvalidArgument(field, f"must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _refuse(constant: str) -> None:
+    """Python reads NaN and its like; nobody else does."""
+    raise ValueError(constant)
 
 
 def split_system(chat: ChatInput) -> tuple[str | None, list[tuple[int, ChatMessage]]]:
@@ -48,3 +54,8 @@ def called_tools(messages: Iterable[tuple[int, ChatMessage]]) -> dict[str, str]:
             problem = f"must be the id of a call in a message before it, got {message.tool_call_id!r}"
             raise InvalidArgument(f"chat.messages[{i}].tool_call_id", problem)
     return names
+
+
+def stand_in(call_id: str) -> str:
+    """An id that any provider takes, for one that another provider made: always the same for the same."""
+    return f"call_{hashlib.sha256(call_id.encode()).hexdigest()[:24]}"

@@ -1,12 +1,12 @@
-"""Chat Completions elsewhere: the dialects ``openai-compatible``, ``vllm`` and ``llama-cpp``.
+"""Chat Completions elsewhere: the dialects ``openai-compatible``, ``vllm``, ``llama-cpp`` and ``llama-cpp-python``.
 
 Servers of this kind drop fields that they do not know without a word, so ``openai-compatible`` says only what they all
-understand (vLLM, llama.cpp, llama-cpp-python, Ollama, LM Studio). The two others say more, and switch off what these
-servers would otherwise do by themselves: their defaults for top-p, top-k, min-p and repetition are not off.
+understand (these three, Ollama, LM Studio). The others say more, and switch off what these servers would otherwise do
+by themselves: their defaults for top-p, top-k, min-p and repetition are not off.
 
 Sources: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/ (0.12 and newer),
 https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md,
-https://docs.ollama.com/api/openai-compatibility.
+https://llama-cpp-python.readthedocs.io/en/latest/server/, https://docs.ollama.com/api/openai-compatibility.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
-from headrace.backends.formats import ChoiceFormat, RegexFormat
+from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat, RegexFormat
 from headrace.backends.remote.dialect import AnswerReader, Problem
 from headrace.backends.remote.dialects.openai_chat import CHAT_OPTIONS, SAMPLING, chat_logprobs_of, several_of
 from headrace.backends.remote.dialects.openai_json import (
@@ -29,16 +29,16 @@ from headrace.backends.remote.dialects.openai_json import (
     problem_of,
     response_format_of,
     sampling_of,
+    schema_of,
     seed_of,
     stop_of,
     tools_of,
 )
 from headrace.backends.remote.dialects.openai_stream import ChunkReader
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.types import Call, ToolChoiceMode, Usage
+from headrace.backends.types import Call, NamedTool, ToolChoiceMode, Usage
 
 COMPATIBLE_OPTIONS = CHAT_OPTIONS | {
-    "chat.tool_choice.name",
     "sampling.presence_penalty",
     "sampling.frequency_penalty",
     "structured_output.json_schema",
@@ -66,9 +66,7 @@ class OpenAiCompatible:
         return "/chat/completions"
 
     def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-        if chat_of(call).tool_choice is ToolChoiceMode.REQUIRED:
-            needed = "a dialect that says which server it is, such as vllm or llama-cpp"
-            raise unsupported(call, "chat.tool_choice.mode", needed)
+        _refuse_required(call, "a dialect that says which server it is, such as vllm or llama-cpp")
         return {
             **common_body(call, model),
             **sampling_of(call.request, SAMPLING, max_temperature=MAX_TEMPERATURE),
@@ -99,6 +97,7 @@ class Vllm:
     base_url: ClassVar[str | None] = None
     options: ClassVar[frozenset[str]] = COMPATIBLE_OPTIONS | {
         "chat.messages.reasoning_text",
+        "chat.tool_choice.name",
         "chat.add_generation_prompt",
         "chat.template_arguments",
         "sampling.logit_bias",
@@ -175,6 +174,7 @@ class LlamaCpp:
     base_url: ClassVar[str | None] = None
     options: ClassVar[frozenset[str]] = COMPATIBLE_OPTIONS | {
         "chat.messages.reasoning_text",
+        "chat.tool_choice.name",
         "chat.template_arguments",
         "sampling.logit_bias",
         "sampling.top_k",
@@ -210,6 +210,53 @@ class LlamaCpp:
         }
         if chat.template_arguments:
             body["chat_template_kwargs"] = dict(chat.template_arguments)
+        if isinstance(chat.tool_choice, NamedTool):  # it knows no demand by name
+            named = [tool for tool in body["tools"] if tool["function"]["name"] == chat.tool_choice.name]
+            body |= {"tools": named, "tool_choice": "required"}
+        return body
+
+    def reader(self, call: Call, usage: Usage) -> AnswerReader:
+        return ChunkReader(call, usage)
+
+    def problem(self, body: bytes) -> Problem:
+        return problem_of(body)
+
+
+class LlamaCppPython:
+    """Chat Completions at llama-cpp-python's server, ``python -m llama_cpp.server`` (``Dialect``)."""
+
+    name: ClassVar[str] = "llama-cpp-python"
+    base_url: ClassVar[str | None] = None
+    options: ClassVar[frozenset[str]] = COMPATIBLE_OPTIONS | {
+        "chat.tool_choice.name",
+        "sampling.logit_bias",
+        "sampling.top_k",
+        "sampling.min_p",
+    }
+    max_n: ClassVar[int] = 1
+    max_top_logprobs: ClassVar[int] = 0
+    extension: ClassVar[type[BaseModel] | None] = None
+
+    def headers(self, key: str | None) -> Mapping[str, str]:
+        return bearer(key)
+
+    def path(self, model: RemoteModelOptions) -> str:  # noqa: ARG002  # it is the same for all
+        return "/chat/completions"
+
+    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+        request, sampling = call.request, call.request.sampling
+        _refuse_required(call, "chat.tool_choice.name: this server heeds that alone")
+        body = {
+            **common_body(call, model),
+            **sampling_of(request, SAMPLING, max_temperature=MAX_TEMPERATURE),
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or 0,
+            "min_p": sampling.min_p,
+            "repeat_penalty": 1.0,
+            **logit_bias_of(request),
+        }
+        if isinstance(request.output_format, JsonSchemaFormat):
+            body["response_format"] = {"type": "json_object", "schema": schema_of(request.output_format)["schema"]}
         return body
 
     def reader(self, call: Call, usage: Usage) -> AnswerReader:
@@ -233,6 +280,11 @@ def common_body(call: Call, model: RemoteModelOptions, *, reasoning: str | None 
         **tools_of(chat),
         **response_format_of(request),
     }
+
+
+def _refuse_required(call: Call, needed: str) -> None:
+    if chat_of(call).tool_choice is ToolChoiceMode.REQUIRED:
+        raise unsupported(call, "chat.tool_choice.mode", needed)
 
 
 def unsupported(call: Call, field: str, needed: str) -> UnsupportedOption:

@@ -9,7 +9,7 @@ from headrace.backends.remote.dialects.anthropic import AnthropicDialect
 from headrace.backends.remote.dialects.deepseek import DeepSeek
 from headrace.backends.remote.dialects.gemini import GeminiDialect
 from headrace.backends.remote.dialects.openai_chat import OpenAiChat
-from headrace.backends.remote.dialects.openai_compatible import LlamaCpp, OpenAiCompatible, Vllm
+from headrace.backends.remote.dialects.openai_compatible import LlamaCpp, LlamaCppPython, OpenAiCompatible, Vllm
 from headrace.backends.remote.dialects.openai_completions import OpenAiCompletions
 from headrace.backends.remote.dialects.openai_responses import OpenAiResponses
 
@@ -22,6 +22,7 @@ DIALECTS: Mapping[str, Dialect] = {
         OpenAiCompletions(),
         Vllm(),
         LlamaCpp(),
+        LlamaCppPython(),
         DeepSeek(),
         AnthropicDialect(),
         GeminiDialect(),
