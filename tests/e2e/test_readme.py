@@ -14,7 +14,14 @@ import pytest
 from e2e_kit import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "docs/api.md", "docs/idempotency.md", "docs/scoring.md", "docs/structured-output.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/api.md",
+    "docs/caching.md",
+    "docs/idempotency.md",
+    "docs/scoring.md",
+    "docs/structured-output.md",
+]
 
 
 def blocks(document: str, language: str) -> list[str]:

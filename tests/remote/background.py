@@ -19,8 +19,10 @@ def upstream_in_thread(handler: Handler) -> Iterator[Upstream]:
     upstream = Upstream(handler)
     try:
         asyncio.run_coroutine_threadsafe(upstream.__aenter__(), loop).result()
-        yield upstream
-        asyncio.run_coroutine_threadsafe(upstream.__aexit__(), loop).result()
+        try:
+            yield upstream
+        finally:
+            asyncio.run_coroutine_threadsafe(upstream.__aexit__(), loop).result()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -16,7 +16,7 @@ NOT_THERE = (
     "LLAMA_CPP_PYTHON (an interpreter with llama-cpp-python[server]) and LLAMA_CPP_MODEL (a GGUF file of a model that "
     "takes conversations) are not set"
 )
-_CONTEXT_LENGTH = 2048
+CONTEXT_LENGTH = 2048
 _START_SECONDS = 120
 
 
@@ -31,7 +31,7 @@ def llama_server() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"model": model, "model_alias": "llama", "n_ctx": _CONTEXT_LENGTH, "host": "127.0.0.1", "port": port}
+    options = {"model": model, "model_alias": "llama", "n_ctx": CONTEXT_LENGTH, "host": "127.0.0.1", "port": port}
     command = [python, "-m", "llama_cpp.server", *(str(part) for key in options for part in (f"--{key}", options[key]))]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1"

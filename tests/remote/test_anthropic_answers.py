@@ -402,6 +402,7 @@ async def test_a_stream_without_usage_is_an_answer_whose_usage_is_estimated():
         (b'{"error": "text"}', None, ""),
         (b'{"error": {"type": 7, "message": null}}', None, ""),
         (b"\xff\xfe", None, ""),
+        pytest.param(b"[" * 60_000, None, "", id="deep"),
     ],
 )
 def test_the_body_of_an_error_is_read_as_far_as_it_is_one(raw, code, message):

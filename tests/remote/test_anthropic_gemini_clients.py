@@ -82,6 +82,18 @@ async def test_a_tool_is_called_and_its_result_sent_back(client: AsyncClient, mo
     assert (await client.generate(messages, tools=[WEATHER], model=model)).text
 
 
+@pytest.mark.parametrize(("begins", "goes_on"), [(CLAUDE, FLASH), (FLASH, CLAUDE)])
+async def test_what_one_provider_began_another_can_end(client: AsyncClient, begins: str, goes_on: str):
+    messages = [Message("user", "Regnet es in Zürich?")]
+    thinking = {"reasoning": True} if begins == CLAUDE else {"tool_choice": "required"}
+    answer = await client.generate(messages, tools=[WEATHER], model=begins, **thinking)
+    (call,) = answer.tool_calls
+    assert "~" in call.id
+    messages.append(Message("assistant", answer.text, tool_calls=answer.tool_calls))
+    messages.append(Message("tool", "Ja.", tool_call_id=call.id))
+    assert (await client.generate(messages, tools=[WEATHER], model=goes_on)).text
+
+
 @pytest.mark.parametrize("model", [CLAUDE, FLASH])
 async def test_reasoning_is_streamed_apart_and_paid_for(client: AsyncClient, model: str):
     options = {"model": model, "max_reasoning_tokens": 1024, "max_new_tokens": 1030}

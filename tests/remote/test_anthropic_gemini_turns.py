@@ -22,6 +22,7 @@ from headrace.backends.types import (
     Reasoning,
     ResponseOptions,
     Role,
+    Sampling,
     ToolCall,
     ToolChoiceMode,
     ToolDefinition,
@@ -167,6 +168,20 @@ async def test_what_is_cached_at_anthropic_is_counted_apart(tmp_path):
     cached, uncached = answer.call.meter.usage(), plain.call.meter.usage()
     assert cached.cache_write_input_tokens
     assert cached.input_tokens == uncached.input_tokens
+
+
+async def test_the_operator_may_choose_the_version_of_anthropics_api(tmp_path):
+    (tmp_path / "key").write_text(anthropic.KEY)
+    provider = {"api_key": f"file:{tmp_path / 'key'}", "headers": {"anthropic-version": "2026-10-21"}}
+    async with (
+        Upstream(anthropic.FakeAnthropic()) as upstream,
+        remote_model(upstream.url, "anthropic", provider=provider) as model,
+    ):
+        assert text_of((await ask(model, call_of())).events)
+        hot = request_of(sampling=Sampling(temperature=0.5), options=["sampling.temperature"])
+        _, error = await ask_in_vain(model, call_of(hot))
+    assert isinstance(error, InvalidArgument)
+    assert "temperature" in error.problem
 
 
 async def test_choices_and_logprobs_of_gemini_come_with_their_choice(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from headrace.backends.errors import BackendError, BackendUnavailable, ProviderLimited, ProviderStatus
@@ -339,7 +337,9 @@ def test_the_body_of_an_error_is_read_with_its_details(answer, code, retry_after
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"<html>", b"[]", b"7", b'{"error": 7}', json.dumps({"error": {"details": 7}}).encode()]
+    "raw",
+    [b"", b"<html>", b"[]", b"7", b'{"error": 7}', b'{"error": {"details": 7}}', b"[" * 60_000],
+    ids=["empty", "HTML", "a list", "a number", "no error", "no details", "deep"],
 )
 def test_the_body_of_an_error_may_be_anything(raw):
     problem = DIALECT.problem(raw)

@@ -1,4 +1,4 @@
-"""Three dialects before a real server, llama-cpp-python's: its own, ``openai-compatible`` and ``openai-completions``."""
+"""Three dialects before a real server, llama-cpp-python's: its own, ``openai-compatible``, ``openai-completions``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from headrace.backends.api import WholeCallModel
+from headrace.backends.errors import BackendUnavailable
 from headrace.backends.formats import JsonObjectFormat, JsonSchemaFormat
 from headrace.backends.remote.plugin import RemoteBackend
 from headrace.backends.testing import BackendConformance
@@ -28,7 +29,7 @@ from headrace.backends.types import (
     ToolDefinition,
 )
 from tests.remote.asking import ask, call_of, remote_backend, remote_model, request_of, tool_calls_of
-from tests.remote.llama_server import NOT_THERE, is_there, llama_server
+from tests.remote.llama_server import CONTEXT_LENGTH, NOT_THERE, is_there, llama_server
 
 if is_there():
     GREEDY = Sampling(temperature=0.0)
@@ -44,6 +45,8 @@ if is_there():
     class LlamaServerConformance(BackendConformance):
         dialect: ClassVar[str]
         prompts = BackendConformance.prompts[:4]
+        # The server computes on every processor meanwhile.
+        blocked_seconds = 0.5
 
         @pytest.fixture(scope="class")
         @classmethod
@@ -127,6 +130,11 @@ if is_there():
             assert gone.meter.attempts[0].outcome is AttemptOutcome.CANCELLED
             answer = await ask(model, greedy(TextInput("Once upon a time")))
         assert answer.text()
+
+    async def test_a_prompt_that_does_not_fit_is_answered_with_nothing_which_is_an_error(server: str) -> None:
+        async with remote_model(server, "llama-cpp-python", model="llama") as model:
+            with pytest.raises(BackendUnavailable):
+                await ask(model, greedy("and so on " * CONTEXT_LENGTH))
 
     async def _leave(model: WholeCallModel, text: str) -> Call:
         """Goes away at the first text."""

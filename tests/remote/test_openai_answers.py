@@ -333,6 +333,7 @@ def test_the_model_is_as_it_is_reported():
         b'data: {"choices": [{"index": 1, "delta": {"content": "Hi"}}]}\n\n',
         b'data: {"choices": [{"index": 0, "delta": "Hi"}]}\n\n',
         b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "a"}]}}]}\n\n',
+        b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"id": "a", "function": {"name": null}}]}}]}\n\n',
         b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "a_reason_of_next_year"}]}\n\n',
     ],
 )

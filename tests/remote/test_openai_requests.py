@@ -23,6 +23,7 @@ from headrace.backends.remote.dialects.openai_compatible import (
     VllmExtension,
 )
 from headrace.backends.remote.dialects.openai_completions import OpenAiCompletions
+from headrace.backends.remote.dialects.openai_responses import OpenAiResponses
 from headrace.backends.types import (
     Call,
     ChatInput,
@@ -116,6 +117,18 @@ def test_calls_of_tools_and_their_results_keep_together(dialect):
     described = {"name": "get_weather", "description": WEATHER.description, "parameters": PARAMETERS}
     assert asked["tools"] == [{"type": "function", "function": described}]
     assert asked["tool_choice"] == "auto"
+
+
+@pytest.mark.parametrize("dialect", [*CHATS, OpenAiResponses()], ids=lambda dialect: dialect.name)
+def test_an_id_that_is_too_long_has_the_same_stand_in_in_call_and_result(dialect):
+    """Other providers make such ids, and a conversation may move on."""
+    long = "toolu_1~" + "x" * 500
+    called = ChatMessage(ASSISTANT, "", tool_calls=(ToolCall(long, "now", "{}"),))
+    asked = body(dialect, chat((USER, "Time?"), called, ChatMessage(TOOL, "12:00", tool_call_id=long)))
+    call, result = (asked.get("messages") or asked["input"])[1:]
+    made = call["tool_calls"][0]["id"] if "tool_calls" in call else call["call_id"]
+    assert made == (result.get("tool_call_id") or result["call_id"])
+    assert len(made) <= 40
 
 
 def test_a_tool_can_be_demanded_by_mode_or_by_name():

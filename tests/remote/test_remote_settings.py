@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -19,12 +20,14 @@ from headrace.backends.errors import BackendError, BackendUnavailable, InvalidAr
 from headrace.backends.remote.dialects.table import DIALECTS
 from headrace.backends.remote.options import ProviderOptions, RemoteModelOptions
 from headrace.backends.remote.plugin import RemoteBackend
-from headrace.backends.types import ChatInput, ChatMessage, Role, Stopping, ToolCall, ToolDefinition
+from headrace.backends.types import ChatInput, ChatMessage, Role, ToolCall, ToolDefinition
+from headrace.v1 import generation_pb2 as pb
 from tests.remote.asking import ask, ask_in_vain, call_of, remote_backend, remote_model, request_of
-from tests.remote.remote_kit import MODEL, answer, provider
+from tests.remote.remote_kit import MODEL, answer, provider, serving, spec
 from tests.remote.upstream import Answer, ReceivedRequest, Upstream
 from tests.tls_kit import Authority
 
+_Code = grpc.StatusCode
 CONTEXT = BackendContext(models_dir=Path("unused"))
 DOCUMENT = Path(__file__).parents[2] / "docs" / "remote.md"
 
@@ -50,6 +53,13 @@ def test_a_model_has_the_name_there_that_it_has_here_unless_told_otherwise():
     [
         ({"dialect": "klingon"}, "providers.far.dialect: no such dialect, 'klingon'; there is openai"),
         ({"base_url": None}, "providers.far.base_url: must be set"),
+        (
+            {"models": {"m": {"context_length": 9, "without": ["sampling.temprature"]}}},
+            (
+                "providers.far.models.m.without: 'sampling.temprature' is no option of dialect 'openai-compatible'; "
+                "is 'sampling.temperature' meant?"
+            ),
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_their_path(options: Mapping[str, Any], problem: str):
@@ -172,18 +182,10 @@ async def test_json_of_a_caller_that_is_nested_too_deeply_is_refused():
     assert isinstance(error, InvalidArgument)
 
 
-async def test_a_models_limit_of_output_lowers_a_default_and_refuses_what_was_asked_for():
-    async with (
-        Upstream(lambda _: Answer(answer("Hi"))) as upstream,
-        remote_model(upstream.url, "openai-compatible", max_output_tokens=100) as model,
-    ):
-        await ask(model, call_of(max_new_tokens=101))
-        await ask(model, call_of(request_of(stopping=Stopping(max_new_tokens=100)), max_new_tokens=100))
-        asked = request_of(stopping=Stopping(max_new_tokens=101))
-        _, error = await ask_in_vain(model, call_of(asked, max_new_tokens=101))
-    assert [request.json()["max_tokens"] for request in upstream.requests] == [100, 100]
-    assert isinstance(error, InvalidArgument)
-    assert error.field == "stopping.max_new_tokens"
+def test_a_models_limit_of_output_is_on_its_card():
+    """The server bounds calls by it before anything is held."""
+    [card] = backend({"far": provider("http://far", model={"max_output_tokens": 100})}).list_models()
+    assert card.max_output_tokens == 100
 
 
 def test_the_documents_settings_are_settings(monkeypatch: pytest.MonkeyPatch):
@@ -236,6 +238,22 @@ async def test_no_cookie_is_kept():
         for _ in range(2):
             await ask(model, call_of())
     assert [request.headers.get("cookie") for request in upstream.requests] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["openai", "openai-compatible", "remote"])
+async def test_no_field_of_a_request_says_where_it_goes(name: str, tmp_path: Path):
+    async with Upstream(lambda _: Answer(answer("Hi"))) as elsewhere, Upstream(lambda _: Answer([])) as upstream:
+        fields = {"base_url": elsewhere.url, "url": elsewhere.url, "proxy": elsewhere.url}
+        async with serving(tmp_path, upstream.url, dialect="openai") as served:
+            asked = spec()
+            asked.extensions[name].update(fields)
+            named = spec()
+            named.model = f"{elsewhere.url}/{MODEL}"
+            for one in (asked, named):
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await served.generation.Generate(pb.GenerateRequest(spec=one), metadata=(("tenant", "acme"),))
+                assert error.value.code() in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED, _Code.NOT_FOUND)
+    assert elsewhere.requests == upstream.requests == []
 
 
 class Proxy:

@@ -234,6 +234,18 @@ async def test_connections_are_used_again_also_after_errors():
         assert upstream.num_connections == 1
 
 
+async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_by_a_new_one():
+    answers = iter([Answer(answer("Hi")), Answer(raw=b""), Answer(answer("again"))])
+    async with (
+        Upstream(lambda _: next(answers)) as upstream,
+        remote_model(upstream.url, "openai-compatible") as model,
+    ):
+        texts = [(await ask(model, call_of())).text() for _ in range(2)]
+        assert upstream.num_connections == 2
+    assert texts == ["Hi", "again"]
+    assert len({request.body for request in upstream.requests}) == 1
+
+
 async def test_a_closed_model_has_closed_its_connections():
     async with Upstream(lambda _: Answer(answer("Hi"))) as upstream:
         async with remote_model(upstream.url, "openai-compatible") as model:

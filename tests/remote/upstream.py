@@ -30,7 +30,7 @@ class ReceivedRequest:
     path: str
     """With its query."""
     headers: Mapping[str, str]
-    """By lower-case name."""
+    """By lower-case name; those that came more than once, joined by a comma."""
     body: bytes
 
     def json(self) -> Any:
@@ -196,7 +196,10 @@ async def _read(reader: asyncio.StreamReader) -> ReceivedRequest | None:
         return None
     first, *lines = head.decode("latin-1").split("\r\n")[:-2]
     method, path, _ = first.split(" ")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    headers: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines):
+        key = name.lower()
+        headers[key] = f"{headers[key]}, {value.strip()}" if key in headers else value.strip()
     if "chunked" in headers.get("transfer-encoding", ""):
         body = b""
         while size := int(await reader.readline(), 16):

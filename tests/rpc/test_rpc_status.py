@@ -33,6 +33,8 @@ SAMPLES = {
     errors.LedgerUnavailable: errors.LedgerUnavailable(retry_after=2),
     errors.BackendError: errors.BackendError("it broke"),
     errors.BackendUnavailable: errors.BackendUnavailable("it is away"),
+    errors.ProviderLimited: errors.ProviderLimited("it is limited", retry_after=3),
+    errors.ProviderRefused: errors.ProviderRefused("it is refused"),
 }
 CODES = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -57,6 +59,8 @@ CODES = {
     errors.LedgerUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.BackendError: grpc.StatusCode.INTERNAL,
     errors.BackendUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.ProviderLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ProviderRefused: grpc.StatusCode.INTERNAL,
 }
 QUOTAS = (errors.RateLimited, errors.BudgetHeld, errors.BudgetSpent)
 RETRYABLE = (
@@ -68,6 +72,7 @@ RETRYABLE = (
     errors.Loading,
     errors.Draining,
     errors.LedgerUnavailable,
+    errors.ProviderLimited,
 )
 
 

@@ -8,6 +8,8 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from headrace.backends.errors import (
@@ -263,6 +265,12 @@ async def test_when_all_have_failed_the_error_says_why_of_each_and_whether_it_ma
         assert error.provider_status.status == 429
 
 
+async def test_a_model_that_was_tried_twice_is_named_once() -> None:
+    async with chain_of({"a": ["BackendUnavailable"], "b": ["BackendError"]}, TWO) as chain:
+        error = await refused(chain, made())
+    assert error.message == "no model of 'assistant' can answer now: a: a is away; b: b failed"
+
+
 async def test_what_the_caller_did_wrong_is_the_error_whatever_was_tried_before() -> None:
     async with chain_of({"a": ["BackendError"], "b": ["InvalidArgument"]}, TWO) as chain:
         assert type(await refused(chain, made())) is InvalidArgument
@@ -391,3 +399,48 @@ async def test_an_attempt_that_a_backend_leaves_open_is_a_failed_one() -> None:
         one = made()
         await events_of(chain.handler, one)
         assert tried(one) == [("a", AttemptOutcome.FAILED), ("b", AttemptOutcome.COMPLETED)]
+
+
+_steps = st.sampled_from(
+    [step for step, *_ in BEHAVIOUR] + ["says hi there", "says", "breaks one", "thinks", "OwnLimit"]
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    scripts=st.lists(st.lists(_steps, min_size=1, max_size=4), min_size=1, max_size=3),
+    max_attempts=st.integers(1, 5),
+    max_retries=st.integers(0, 2),
+    num_calls=st.integers(1, 4),
+)
+def test_whatever_models_do_a_call_has_one_answer_at_most_and_that_is_its_last_try(
+    scripts: list[list[str]], max_attempts: int, max_retries: int, num_calls: int
+) -> None:
+    async def run() -> None:
+        names = "abc"[: len(scripts)]
+        routes = {"assistant": route(*names, max_attempts=max_attempts)}
+        retries, breaker = RetryOptions(max_retries=max_retries), BreakerOptions(failures_in_a_row=3)
+        async with chain_of(dict(zip(names, scripts, strict=True)), routes, retries=retries, breaker=breaker) as chain:
+            for _ in range(num_calls):
+                one, texts, failed = made(), [], False
+                one.arrived = chain.clock.now
+                try:
+                    async for event in chain.handler(one):
+                        texts += [event.text] if isinstance(event, Delta) else []
+                except Exception:  # noqa: BLE001  # the table of errors has a test of its own
+                    failed = True
+                attempts = one.meter.attempts
+                assert len(attempts) <= max_attempts
+                assert all(len([1 for each in attempts if each.model == name]) <= 1 + max_retries for name in names)
+                order = [each.model for each in attempts]
+                assert order == sorted(order)  # nobody goes back
+                assert not any(each.usage.output_tokens for each in attempts[:-1])
+                assert all(each.outcome is AttemptOutcome.FAILED for each in attempts[: None if failed else -1])
+                if texts:
+                    assert attempts[-1].usage.output_tokens == len(texts)
+                if not failed:
+                    assert (attempts[-1].outcome, attempts[-1].model) == (AttemptOutcome.COMPLETED, one.meter.model)
+            tries = chain.router.tries.total()
+            assert tries == sum(chain.num_calls(*names))
+
+    asyncio.run(run())

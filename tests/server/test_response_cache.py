@@ -414,6 +414,22 @@ async def test_a_run_lasts_until_the_latest_deadline_of_its_readers() -> None:
     assert [await reader.rest() for reader in readers] == ["abc"] * 3
 
 
+async def test_a_run_is_streamed_as_soon_as_one_of_its_readers_is() -> None:
+    """So that the ledger notes what it has used before that one sees it."""
+    model, made = Letters(free=False), in_memory()
+    handler = made.cache(model.run)
+    whole, stream = Reader(handler, call(model)), Reader(handler, copied(call(model), is_streamed=True))
+    model.turn()
+    await whole.read(1)
+    (run,) = model.calls
+    assert not run.is_streamed
+    await stream.read(1)
+    assert run.is_streamed
+    assert not whole.call.is_streamed
+    model.turn(2)
+    assert [await whole.rest(), await stream.rest()] == ["abc", "abc"]
+
+
 async def test_one_of_those_that_wait_tries_again_when_a_run_fails_before_its_first_event() -> None:
     model, made = Letters(error=BackendError("broken"), error_first=True), in_memory()
     handler = made.cache(model.run)

@@ -320,3 +320,23 @@ async def test_a_key_answers_with_what_the_cache_had_and_is_replayed_as_such(tmp
         replayed = await served.generate(idempotency_key="a")
         assert replayed.choices == keyed.choices == first.choices
         assert len(await served.postings()) == 2
+
+
+async def test_an_answer_that_a_route_has_led_to_is_its_model_s(tmp_path: Path) -> None:
+    routes = {"any": {"targets": [{"model": "letters"}, {"model": "unpriced"}]}}
+    async with serving(tmp_path, response_cache="memory", routes=routes) as served:
+        first = await served.generate(model="any")
+        again, direct, other = [await served.generate(model=name) for name in ("any", "letters", "unpriced")]
+        statuses = [one.report.cache_status for one in (first, again, direct, other)]
+        assert statuses == [MISS, HIT, HIT, MISS]
+        assert {one.report.model for one in (first, again, direct)} == {"letters"}
+
+
+async def test_a_hundred_equal_streams_of_two_tenants_are_two_runs(tmp_path: Path) -> None:
+    async with serving(tmp_path, response_cache="memory") as served:
+        answers = await asyncio.gather(
+            *(served.generate(model="slow", max_new_tokens=20, tenant=f"tenant-{i % 2}") for i in range(100))
+        )
+        assert [one.report.cache_status for one in answers].count(MISS) == 2
+        assert len({one.choices[0].text for one in answers}) == 1
+        assert len([row for row in await served.postings() if row.output_tokens]) == 2

@@ -290,7 +290,7 @@ def test_targets_that_may_be_set(setting: str) -> None:
 @pytest.mark.parametrize(
     "setting",
     ["", "disk", "redis://", "http://cache", "unix:///redis.sock", "redis://cache/zero", "redis://cache:99999",
-     "redis://cache/0?ssl_cert_reqs=none", "redis://cache/0#a"],
+     "redis://cache/0?ssl_cert_reqs=none", "redis://cache/0#a", "redis://cache/0/1"],
 )  # fmt: skip
 def test_targets_that_may_not(setting: str) -> None:
     with pytest.raises(ValueError, match="must "):

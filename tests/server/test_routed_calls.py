@@ -27,6 +27,7 @@ from headrace.cli.main import cli
 from headrace.server.app import App, running_app
 from headrace.server.config import Settings, SettingsError, load_settings
 from headrace.server.metrics import Metrics
+from headrace.server.registry import ModelState
 from headrace.server.rpc.server import start_server
 from headrace.server.serve import serve
 from headrace.v1 import (
@@ -440,6 +441,19 @@ async def test_before_the_models_are_known_there_are_no_routes() -> None:
             ("letters", False),
             ("r", True),
         ]
+    finally:
+        await app.close()
+
+
+async def test_a_route_is_loading_until_one_of_its_models_is_there() -> None:
+    app = App(settings(routes={"r": route("letters")}))
+    try:
+        await app.load()
+        served = app.registry.look_up("letters")
+        states = []
+        for served.state in (ModelState.LOADING, ModelState.READY, ModelState.FAILED):
+            states.append([model.state for model in app.list_models(ANONYMOUS)])
+        assert states == [[state, state] for state in (ModelState.LOADING, ModelState.READY, ModelState.FAILED)]
     finally:
         await app.close()
 

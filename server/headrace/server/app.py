@@ -16,7 +16,7 @@ import structlog
 from headrace.backends.api import Backend, DeterminismClass, Model, ModelCard
 from headrace.backends.components import Middleware, Place, Price
 from headrace.backends.price_book import cost_guide
-from headrace.backends.types import Call, Events, Handler, Principal, Sampling
+from headrace.backends.types import Call, Events, Handler, Principal
 from headrace.server import components
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.accounts import Accounts
@@ -30,7 +30,7 @@ from headrace.server.cache_target import MEMORY
 from headrace.server.caching.memory_store import MemoryStore
 from headrace.server.caching.store import Store
 from headrace.server.config import Authentication, Settings, SettingsError
-from headrace.server.engine.engine import DEFAULT_TEMPERATURE
+from headrace.server.listing import describe, describe_route
 from headrace.server.middleware.accounting import account
 from headrace.server.middleware.attempts import attempt
 from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, KeyAuthenticator, authenticate
@@ -43,11 +43,10 @@ from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.response_cache import CACHE_OPTIONS, MAX_ANSWER_BYTES, ResponseCache, without_cache
 from headrace.server.middleware.tokenize import tokenize
 from headrace.server.plugins import Plugin, load_plugins
-from headrace.server.registry import ModelRegistry, ModelState, Served
-from headrace.server.routing.breaker import State
+from headrace.server.registry import ModelRegistry
 from headrace.server.routing.router import Router
 from headrace.server.routing.routes import check_routes
-from headrace.server.rpc.application import ServedModel, ServedTarget
+from headrace.server.rpc.application import ServedModel
 
 T = TypeVar("T")
 
@@ -278,40 +277,8 @@ class App:
 
     def list_models(self, principal: Principal) -> Sequence[ServedModel]:
         default = self.router.default_for(principal.models)
-        models = [_describe(served, default) for served in self.registry.offered(principal.models)]
-        return models + [self._describe_route(name, default) for name in self.router.names(principal.models)]
-
-    def _describe_route(self, name: str, default: str | None) -> ServedModel:
-        """As a model that can do what one of its targets can, whatever a call then finds there."""
-        targets = self.router.targets(name)
-        models = [_describe(target.served, None) for target in targets]
-        states = {model.state for model in models if model.state is not ModelState.FAILED}
-        state = ModelState.FAILED
-        if self.router.problem(name) is None:
-            state = ModelState.READY
-        elif ModelState.LOADING in states:
-            state = ModelState.LOADING
-        return ServedModel(
-            card=ModelCard(name=name, context_length=max(model.card.context_length for model in models)),
-            backend="route",
-            state=state,
-            is_default=name == default,
-            determinism=min(model.determinism for model in models),
-            options=frozenset[str]().union(*(model.options for model in models)),
-            max_n=max(model.max_n for model in models),
-            max_top_logprobs=max(model.max_top_logprobs for model in models),
-            continuous_batching=all(model.continuous_batching for model in models),
-            targets=tuple(
-                ServedTarget(
-                    model=model,
-                    weight=(target.options.weight or 1.0) if self.router.is_weighted(name) else None,
-                    is_healthy=target.served.problem() is None,
-                    is_cooling_down=target.state is State.OPEN,
-                    failures_in_a_row=target.failures_in_a_row,
-                )
-                for model, target in zip(models, targets, strict=True)
-            ),
-        )
+        models = [describe(served, default) for served in self.registry.offered(principal.models)]
+        return models + [describe_route(self.router, name, default) for name in self.router.names(principal.models)]
 
     async def run_blocking(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -401,23 +368,3 @@ def _check_names(
 
 def _price_of(model: Model, prices: Prices, now: Clock) -> Price | None:
     return prices.price(Priced.of(model.backend, model.card), now())
-
-
-def _describe(served: Served, default: str | None) -> ServedModel:
-    engine, model = served.engine, served.model
-    return ServedModel(
-        card=served.card,
-        backend=served.backend,
-        state=served.state if served.problem() is None else ModelState.FAILED,
-        is_default=served.card.name == default,
-        determinism=model.determinism if model else DeterminismClass.BEST_EFFORT,
-        options=served.capabilities.options | {f"extensions[{name!r}]" for name in served.capabilities.extensions},
-        max_n=served.capabilities.max_n,
-        max_top_logprobs=served.capabilities.max_top_logprobs,
-        max_running=engine.model.num_slots if engine else None,
-        vocabulary_size=model.tokenizer.vocabulary_size if model and model.tokenizer else None,
-        continuous_batching=engine is not None,
-        default_sampling=Sampling(temperature=DEFAULT_TEMPERATURE) if engine else Sampling(),
-        prefill_tokens_per_second=engine.runner.speeds.prefill_tokens_per_second if engine else None,
-        decode_tokens_per_second=engine.runner.speeds.decode_tokens_per_second if engine else None,
-    )

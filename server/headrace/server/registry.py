@@ -53,7 +53,7 @@ class Served:
         """Why it cannot serve now, or ``None``; not for callers, it may name the operator's things."""
         if self.state is ModelState.LOADING:
             return "it is being loaded"
-        if self.model is None:
+        if self.state is ModelState.FAILED or self.model is None:
             return "it could not be loaded"
         try:
             return self.model.problem()

@@ -21,12 +21,12 @@ KEY = "sk-ant-test"
 REQUEST_ID = "req_011CSHoEeqs5C35K2UUqR7Fy"
 SIGNATURE = "EqQBCgIYAhIM/+="
 
-_FIELDS = {
+_LATEST_FIELDS = {
     "model", "messages", "max_tokens", "cache_control", "container", "inference_geo", "metadata", "output_config",
-    "service_tier", "stop_sequences", "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k",
-    "top_p",
+    "service_tier", "stop_sequences", "stream", "system", "thinking", "tool_choice", "tools",
 }  # fmt: skip
-"""Of ``MessageCreateParams``."""
+_FIELDS = {"2023-06-01": _LATEST_FIELDS | {"temperature", "top_k", "top_p"}, "2026-10-21": _LATEST_FIELDS}
+"""Of ``MessageCreateParams``, by the API's versions (https://platform.claude.com/docs/en/api/versioning)."""
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -47,12 +47,13 @@ class FakeAnthropic:
     def __call__(self, request: ReceivedRequest) -> Answer:
         if (request.method, request.path) != ("POST", "/v1/messages"):
             return error("not_found_error", "Not Found", 404)
-        if request.headers.get("x-api-key") != KEY:
+        if KEY not in (request.headers.get("x-api-key"), request.headers.get("authorization", "")[len("Bearer ") :]):
             return error("authentication_error", "invalid x-api-key", 401)
-        if request.headers.get("anthropic-version") != "2023-06-01":
+        fields = _FIELDS.get(request.headers.get("anthropic-version", ""))
+        if fields is None:
             return error("invalid_request_error", "anthropic-version: header is required", 400)
         body = request.json()
-        if (problem := _problem(body)) is not None:
+        if (problem := _problem(body, fields)) is not None:
             return error("invalid_request_error", problem, 400)
         return Answer(self._stream(body), headers={**EVENT_STREAM, "request-id": REQUEST_ID})
 
@@ -63,9 +64,9 @@ class FakeAnthropic:
                 await asyncio.sleep(self._seconds_per_token)
 
 
-def _problem(body: dict[str, Any]) -> str | None:
+def _problem(body: dict[str, Any], fields: set[str]) -> str | None:
     """What is wrong with a request."""
-    if unknown := body.keys() - _FIELDS:
+    if unknown := body.keys() - fields:
         return f"{unknown.pop()}: Extra inputs are not permitted"
     if missing := {"model", "messages", "max_tokens"} - body.keys():
         return f"{missing.pop()}: Field required"

@@ -218,16 +218,15 @@ class _Answering:
         num_input, num_output = self.num_input, self.num_output
         cached = num_input // 2
         total = {"prompt_tokens": num_input, "completion_tokens": num_output, "total_tokens": num_input + num_output}
-        match self.api.path, self.api:
-            case _, api if api is OPENAI:
-                prompt = {"cached_tokens": cached, "audio_tokens": 0}
-                completion = {"reasoning_tokens": self.num_reasoning, "audio_tokens": 0}
-                completion |= {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
-                return {**total, "prompt_tokens_details": prompt, "completion_tokens_details": completion}
-            case _, api if api is DEEPSEEK:
-                hits = {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": num_input - cached}
-                completion = {"completion_tokens_details": {"reasoning_tokens": self.num_reasoning}}
-                return {**total, "prompt_tokens_details": {"cached_tokens": cached}, **completion, **hits}
+        if self.api is OPENAI:
+            prompt = {"cached_tokens": cached, "audio_tokens": 0}
+            completion = {"reasoning_tokens": self.num_reasoning, "audio_tokens": 0}
+            completion |= {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+            return {**total, "prompt_tokens_details": prompt, "completion_tokens_details": completion}
+        if self.api is DEEPSEEK:
+            hits = {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": num_input - cached}
+            completion = {"completion_tokens_details": {"reasoning_tokens": self.num_reasoning}}
+            return {**total, "prompt_tokens_details": {"cached_tokens": cached}, **completion, **hits}
         return total
 
     def choice(self, index: int) -> Iterator[dict[str, Any]]:

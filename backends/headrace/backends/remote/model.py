@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 
 from headrace.backends.api import Capabilities, DeterminismClass, ModelCard, Tokenizer
 from headrace.backends.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ProviderLimited, QueueTimeout
@@ -129,8 +130,8 @@ class RemoteModel:
     async def _answer(self, call: Call, counting: Counting) -> Events:
         """All but the end, and the attempt's usage. Raises TimeLimitPassed, too."""
         provider, settings = self._provider, self._provider.options
-        call.max_new_tokens = self._max_new_tokens(call)
-        headers = {**provider.dialect.headers(provider.keys.of(call.principal.tenant)), **settings.headers}
+        headers = CIMultiDict(provider.dialect.headers(provider.keys.of(call.principal.tenant)))
+        headers.update(settings.headers)
         body = _filled(provider.dialect.body(call, self._options), self._options.extra_body)
         raw = _json(body)
         waiting = Waiting(call, provider.name, self._clock)
@@ -150,15 +151,6 @@ class RemoteModel:
         finally:
             provider.gate.leave()
 
-    def _max_new_tokens(self, call: Call) -> int:
-        """What was asked for; a default is lowered to what the model can."""
-        most, asked = self._options.max_output_tokens, call.request.stopping.max_new_tokens
-        if most is None or call.max_new_tokens <= most:
-            return call.max_new_tokens
-        if asked is not None and asked > most:
-            raise InvalidArgument("stopping.max_new_tokens", f"must be at most {most} for this model, got {asked}")
-        return most
-
     async def _enter(self, call: Call, waiting: Waiting) -> None:
         """Waits for a turn at the provider."""
         gate, scheduling = self._provider.gate, call.request.scheduling
@@ -171,7 +163,7 @@ class RemoteModel:
         await waiting.until(self._clock() + patience, partial(gate.enter, rank, patience=patience), too_late)
 
     async def _ask(
-        self, headers: dict[str, str], raw: bytes, counting: Counting, waiting: Waiting, until: float
+        self, headers: CIMultiDict[str], raw: bytes, counting: Counting, waiting: Waiting, until: float
     ) -> aiohttp.ClientResponse:
         try:
             return await waiting.until(until, partial(self._client.post, headers, raw), self._silent)

@@ -13,8 +13,9 @@ What is offered is what the settings say: nobody is asked when the server starts
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -47,6 +48,7 @@ class RemoteBackend:
                 if model in self._models:
                     other = self._models[model][0].name
                     raise BackendError(f"providers.{name}.models.{model}: provider {other!r} has one of that name")
+                _check_options(f"providers.{name}.models.{model}.without", model_options.without, provider.dialect)
                 named = model_options.model_copy(update={"model": model_options.model or model})
                 self._models[model] = provider, named
 
@@ -83,6 +85,14 @@ class RemoteBackend:
             clock=time.monotonic,
         )
         return Provider(name, options, dialect, keys, gate)
+
+
+def _check_options(setting: str, options: Iterable[str], dialect: Dialect) -> None:
+    for option in options:
+        if option not in dialect.options:
+            near = difflib.get_close_matches(option, dialect.options, n=1)
+            hint = f"; is {near[0]!r} meant?" if near else ""
+            raise BackendError(f"{setting}: {option!r} is no option of dialect {dialect.name!r}{hint}")
 
 
 def _card(name: str, provider: Provider, options: RemoteModelOptions) -> ModelCard:

@@ -11,9 +11,12 @@ import base64
 import contextlib
 import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
 from headrace.backends.remote.failures import TRANSPORT_ERRORS
@@ -31,6 +34,14 @@ _MAX_LEFT_BYTES = 65_536
 """Of an answer that is complete, what else may come before its connection is given up."""
 
 
+@dataclass(slots=True)
+class _Trip:
+    """One request on its way."""
+
+    is_reused: bool = False
+    """Whether its connection had another before."""
+
+
 class HttpClient:
     """Connections to one address, kept for later calls: a pool for each event loop, opened when it is first used."""
 
@@ -46,17 +57,32 @@ class HttpClient:
         self._headers = _HEADERS if is_tunnel else _HEADERS | to_proxy
         self._tls = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_seconds)
+        self._tracing = aiohttp.TraceConfig()
+        self._tracing.on_connection_reuseconn.append(_note_reuse)
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
 
     async def post(self, headers: Mapping[str, str], body: bytes) -> aiohttp.ClientResponse:
         """The head of the answer; whoever gets it closes or ``finish``es it. Raises one of ``TRANSPORT_ERRORS``."""
+        trip = _Trip()
+        merged = CIMultiDict(self._headers)
+        merged.update(headers)
+        try:
+            return await self._post(merged, body, trip)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not trip.is_reused:
+                raise
+        # The other side has closed a connection that was kept, as it may at any time, and has answered nothing.
+        return await self._post(merged, body, _Trip())
+
+    async def _post(self, headers: CIMultiDict[str], body: bytes, trip: _Trip) -> aiohttp.ClientResponse:
         return await self._session().post(
             self._url,
             data=body,
-            headers={**self._headers, **headers},
+            headers=headers,
             proxy=self._proxy,
             proxy_headers=self._proxy_headers,
             allow_redirects=False,
+            trace_request_ctx=trip,
         )
 
     def close(self) -> None:
@@ -84,8 +110,13 @@ class HttpClient:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 trust_env=False,
+                trace_configs=[self._tracing],
             )
         return session
+
+
+async def _note_reuse(_session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
+    context.trace_request_ctx.is_reused = True
 
 
 async def finish(response: aiohttp.ClientResponse) -> None:

@@ -15,6 +15,7 @@ from headrace.client import convert, errors, requests, usage_convert
 from headrace.client.async_streams import AsyncBatch, AsyncStream, AsyncUsageWatch, raise_if_call_was_cancelled
 from headrace.client.options import ChatOptions, Options, ScoreOptions
 from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, Resumption, WatchResumption
+from headrace.client.retries import MAX_RETRIES, Retries
 from headrace.client.trailers import Trailers
 from headrace.client.types import (
     Completion,
@@ -99,8 +100,8 @@ class AsyncClient:
         request = requests.stream(
             requests.spec(prompt, spec, options), resume_after_sequence, resumable=self._max_resumptions > 0
         )
-        resumption = Resumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
-        return AsyncStream(self._stubs, self._metadata, resumption)
+        resumption = Resumption(request, max_resumptions=self._max_resumptions)
+        return AsyncStream(self._stubs, self._metadata, resumption, Retries(timeout))
 
     def generate_batch(
         self,
@@ -202,8 +203,8 @@ class AsyncClient:
         comes twice.
         """
         request = accounting_pb2.WatchUsageRequest(after_sequence=after_sequence, tenant=tenant)
-        resumption = WatchResumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
-        return AsyncUsageWatch(self._stubs, self._metadata, resumption)
+        resumption = WatchResumption(request, max_resumptions=self._max_resumptions)
+        return AsyncUsageWatch(self._stubs, self._metadata, resumption, Retries(timeout))
 
     async def get_receipt(
         self, request_id: str, *, tenant: str | None = None, timeout: float | None = None
@@ -239,7 +240,7 @@ class AsyncClient:
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Whether the server, or one of its services by full name, can serve."""
-        return convert.health(await self._unary(self._stubs.check_health, service, timeout))
+        return convert.health(await self._unary(self._stubs.check_health, service, timeout, max_retries=0))
 
     async def close(self) -> None:
         """Closes the connection and cancels what still runs over it."""
@@ -256,21 +257,26 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"AsyncClient({self.address!r})"
 
-    async def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
-        try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
-        except asyncio.CancelledError as error:
-            raise_if_call_was_cancelled(error)
-            raise
+    async def _unary(self, method: Any, request: Any, timeout: float | None, *, max_retries: int = MAX_RETRIES) -> Any:
+        response, _ = await self._answered(method, request, Retries(timeout, max_retries=max_retries))
+        return response
 
     async def _with_trailers(self, method: Any, request: Any, timeout: float | None) -> tuple[Any, Trailers]:
-        calls: list[Any] = []
+        response, call = await self._answered(method, request, Retries(timeout))
+        return response, Trailers.read(await call.trailing_metadata())
 
-        def begin(*args: Any, **options: Any) -> Any:
-            calls.append(method(*args, **options))
-            return calls[0]
-
-        response = await self._unary(begin, request, timeout)
-        return response, Trailers.read(await calls[0].trailing_metadata())
+    async def _answered(self, method: Any, request: Any, retries: Retries) -> tuple[Any, Any]:
+        """The response, and the call that it is of."""
+        while True:
+            call = method(request, timeout=retries.timeout(), metadata=self._metadata)
+            try:
+                return await call, call
+            except grpc.aio.AioRpcError as error:
+                failure = errors.from_rpc_error(error)
+                wait = retries.wait_after(failure)
+                if wait is None:
+                    raise failure from error
+            except asyncio.CancelledError as error:
+                raise_if_call_was_cancelled(error)
+                raise
+            await asyncio.sleep(wait)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import ipaddress
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,29 +20,6 @@ from headrace.v1 import (
 )
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
-
-SERVICE_CONFIG: Final = {
-    "methodConfig": [
-        {
-            "name": [
-                {"service": "headrace.v1.GenerationService"},
-                {"service": "headrace.v1.ModelService"},
-                {"service": "headrace.v1.ScoringService"},
-                {"service": "headrace.v1.TokenizationService"},
-                {"service": "headrace.v1.UsageService"},
-            ],
-            # The server sends nothing before the first event, so a retry up to there is invisible. gRPC takes the wait
-            # from the server's grpc-retry-pushback-ms where it is given.
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "5s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-            },
-        }
-    ]
-}
 
 ChannelOptions = Sequence[tuple[str, Any]]
 Metadata = Sequence[tuple[str, str]]
@@ -73,7 +49,8 @@ def credentials(tls: Tls | bool) -> grpc.ChannelCredentials | None:
 def options(address: str, extra: ChannelOptions) -> list[tuple[str, Any]]:
     """The channel's options; ``extra`` wins."""
     chosen = {
-        "grpc.service_config": json.dumps(SERVICE_CONFIG),
+        # See headrace.client.retries.
+        "grpc.enable_retries": 0,
         "grpc.primary_user_agent": f"headrace-python/{importlib.metadata.version('headrace')}",
         # A vanished server is noticed within 40 s while a call waits.
         "grpc.keepalive_time_ms": 30_000,

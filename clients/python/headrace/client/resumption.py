@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Final
 
@@ -20,32 +19,27 @@ GOODBYE_SECONDS: Final = 1.0
 class Resumption:
     """Decides for one stream. It counts tries in a row: an event that arrives in between makes them start again."""
 
-    def __init__(
-        self, request: generation_pb2.GenerateStreamRequest, *, max_resumptions: int, timeout: float | None
-    ) -> None:
+    def __init__(self, request: generation_pb2.GenerateStreamRequest, *, max_resumptions: int) -> None:
         self.request = request
+        """To be sent next."""
         self.is_resumable = request.HasField("resume_after_sequence")
         self._most = max_resumptions
-        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._tries = 0
         self._reached = 0
         self._break: errors.HeadraceError | None = None
 
-    def after(self, error: errors.HeadraceError, sequence: int) -> generation_pb2.GenerateStreamRequest | None:
-        """The request that goes on after the event ``sequence``; ``None`` where the stream ends with the error."""
+    def goes_on_after(self, error: errors.HeadraceError, sequence: int) -> bool:
+        """Whether it is worth another try, which is then counted; ``request`` goes on after the event ``sequence``."""
         if sequence > self._reached:
             self._reached, self._tries, self._break = sequence, 0, None
         # What the server itself has answered has a request id: then it was no connection that broke.
         is_break = error.code is grpc.StatusCode.UNAVAILABLE and error.request_id is None
         if not (is_break and self.is_resumable and sequence and self._tries < self._most):
-            return None
+            return False
         self._tries += 1
         self._break = self._break or error
-        return generation_pb2.GenerateStreamRequest(spec=self.request.spec, resume_after_sequence=sequence)
-
-    def timeout(self) -> float | None:
-        """Seconds that are left of the call's timeout."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        self.request = generation_pb2.GenerateStreamRequest(spec=self.request.spec, resume_after_sequence=sequence)
+        return True
 
     def failure(self, error: errors.HeadraceError) -> errors.HeadraceError:
         """What the reader is told: where there was nothing left to resume, that the stream broke."""
@@ -61,12 +55,9 @@ class Resumption:
 class WatchResumption:
     """Decides for one watch of usage, which has no end of its own: it goes on with the next server, too."""
 
-    def __init__(
-        self, request: accounting_pb2.WatchUsageRequest, *, max_resumptions: int, timeout: float | None
-    ) -> None:
+    def __init__(self, request: accounting_pb2.WatchUsageRequest, *, max_resumptions: int) -> None:
         self._request = request
         self._most = max_resumptions
-        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._tries = 0
         self.sequence = request.after_sequence if request.HasField("after_sequence") else None
         """Of the last receipt that is known; ``None`` before the server has said where the watch begins."""
@@ -86,10 +77,6 @@ class WatchResumption:
         return accounting_pb2.WatchUsageRequest(
             after_sequence=self.sequence, tenant=self._request.tenant if self._request.HasField("tenant") else None
         )
-
-    def timeout(self) -> float | None:
-        """Seconds that are left of the call's timeout."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def goes_on_after(self, error: errors.HeadraceError) -> bool:
         """Whether it is worth another try, which is then counted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from datetime import date
 from types import TracebackType
@@ -13,6 +14,7 @@ from headrace.client import channel as channels
 from headrace.client import convert, errors, requests, usage_convert
 from headrace.client.options import ChatOptions, Options, ScoreOptions
 from headrace.client.resumption import DEFAULT_MAX_RESUMPTIONS, Resumption, WatchResumption
+from headrace.client.retries import MAX_RETRIES, Retries
 from headrace.client.sync_streams import Batch, Stream, UsageWatch
 from headrace.client.trailers import Trailers
 from headrace.client.types import (
@@ -97,8 +99,8 @@ class Client:
         request = requests.stream(
             requests.spec(prompt, spec, options), resume_after_sequence, resumable=self._max_resumptions > 0
         )
-        resumption = Resumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
-        return Stream(self._stubs, self._metadata, resumption)
+        resumption = Resumption(request, max_resumptions=self._max_resumptions)
+        return Stream(self._stubs, self._metadata, resumption, Retries(timeout))
 
     def generate_batch(
         self,
@@ -200,8 +202,8 @@ class Client:
         comes twice.
         """
         request = accounting_pb2.WatchUsageRequest(after_sequence=after_sequence, tenant=tenant)
-        resumption = WatchResumption(request, max_resumptions=self._max_resumptions, timeout=timeout)
-        return UsageWatch(self._stubs, self._metadata, resumption)
+        resumption = WatchResumption(request, max_resumptions=self._max_resumptions)
+        return UsageWatch(self._stubs, self._metadata, resumption, Retries(timeout))
 
     def get_receipt(
         self, request_id: str, *, tenant: str | None = None, timeout: float | None = None
@@ -237,7 +239,7 @@ class Client:
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Whether the server, or one of its services by full name, can serve."""
-        return convert.health(self._unary(self._stubs.check_health, service, timeout))
+        return convert.health(self._unary(self._stubs.check_health, service, timeout, max_retries=0))
 
     def close(self) -> None:
         """Closes the connection and cancels what still runs over it."""
@@ -254,15 +256,18 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
-        try:
-            return method(request, timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_rpc_error(error) from error
+    def _unary(self, method: Any, request: Any, timeout: float | None, *, max_retries: int = MAX_RETRIES) -> Any:
+        retries = Retries(timeout, max_retries=max_retries)
+        while True:
+            try:
+                return method(request, timeout=retries.timeout(), metadata=self._metadata)
+            except grpc.RpcError as error:
+                failure = errors.from_rpc_error(error)
+                wait = retries.wait_after(failure)
+                if wait is None:
+                    raise failure from error
+            time.sleep(wait)
 
     def _with_trailers(self, method: Any, request: Any, timeout: float | None) -> tuple[Any, Trailers]:
-        try:
-            response, call = method.with_call(request, timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_rpc_error(error) from error
+        response, call = self._unary(method.with_call, request, timeout)
         return response, Trailers.read(call.trailing_metadata())

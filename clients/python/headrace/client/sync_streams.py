@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -14,10 +15,11 @@ import grpc
 from headrace.client import channel as channels
 from headrace.client import errors, requests, responses, usage_convert
 from headrace.client.resumption import GOODBYE_SECONDS, Resumption, WatchResumption
+from headrace.client.retries import Retries
 from headrace.client.trailers import Trailers
 from headrace.client.types import Event, Report
 from headrace.client.usage_types import Receipt
-from headrace.v1 import accounting_pb2, generation_pb2
+from headrace.v1 import accounting_pb2
 
 T = TypeVar("T")
 
@@ -25,8 +27,18 @@ T = TypeVar("T")
 class _Responses(Generic[T]):
     """A call whose responses are iterated. Closing it early cancels the call."""
 
-    def __init__(self, call: Any, read: Callable[[Any], T | None], check_end: Callable[[], None]) -> None:
-        self._call = call
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        read: Callable[[Any], T | None],
+        check_end: Callable[[], None],
+        retries: Retries,
+    ) -> None:
+        self._start = start
+        self._retries = retries
+        self._has_begun = False
+        """Whether the call has given anything: it is not sent again then."""
+        self._call = start()
         self._read = read
         self._check_end = check_end
         self._done = False
@@ -47,6 +59,7 @@ class _Responses(Generic[T]):
             except grpc.RpcError as error:
                 self._go_on(error)
             else:
+                self._has_begun = True
                 item = self._read(message)
                 if item is not None:
                     return item
@@ -65,15 +78,24 @@ class _Responses(Generic[T]):
         try:
             if self._done:
                 raise failure
-            self._call = self._go_on_after(failure)
+            wait = None if self._has_begun else self._retries.wait_after(failure)
+            if wait is None:
+                self._go_on_after(failure)
+                self._retries.renew()
+                self._has_begun = False
+            else:
+                time.sleep(wait)
+            self._call = self._start()
         except errors.HeadraceError as final:
             self._done = True
             raise final from error
         if self._done:  # closed meanwhile
             self._call.cancel()
 
-    def _go_on_after(self, error: errors.HeadraceError) -> Any:
-        """A call that goes on where this one failed. Raises ``error``, or what is to be said instead."""
+    def _go_on_after(self, error: errors.HeadraceError) -> None:
+        """Sees to it that the next call goes on where this one failed. Raises ``error``, or what is to be said
+        instead.
+        """
         raise error
 
     def _say_goodbye(self) -> None:
@@ -96,12 +118,18 @@ class _Responses(Generic[T]):
 class Stream(_Responses[Event]):
     """The events of one generation."""
 
-    def __init__(self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: Resumption) -> None:
+    def __init__(
+        self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: Resumption, retries: Retries
+    ) -> None:
         self._stubs = stubs
         self._metadata = metadata
         self._resumption = resumption
         self._reader = responses.StreamReader(resumption.request.resume_after_sequence)
-        super().__init__(self._start(resumption.request), self._reader.read, self._reader.check_end)
+
+        def start() -> Any:
+            return stubs.generate_stream(resumption.request, timeout=retries.timeout(), metadata=metadata)
+
+        super().__init__(start, self._reader.read, self._reader.check_end, retries)
 
     @property
     def sequence(self) -> int:
@@ -129,14 +157,9 @@ class Stream(_Responses[Event]):
             if text := responses.text_of_first_choice(event):
                 yield text
 
-    def _start(self, request: generation_pb2.GenerateStreamRequest) -> Any:
-        return self._stubs.generate_stream(request, timeout=self._resumption.timeout(), metadata=self._metadata)
-
-    def _go_on_after(self, error: errors.HeadraceError) -> Any:
-        request = self._resumption.after(error, self.sequence)
-        if request is None:
+    def _go_on_after(self, error: errors.HeadraceError) -> None:
+        if not self._resumption.goes_on_after(error, self.sequence):
             raise self._resumption.failure(error)
-        return self._start(request)
 
     def _say_goodbye(self) -> None:
         if self._resumption.is_resumable:
@@ -154,11 +177,15 @@ class Stream(_Responses[Event]):
 class UsageWatch(_Responses[Receipt]):
     """Receipts, in the order of their sequence."""
 
-    def __init__(self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: WatchResumption) -> None:
-        self._stubs = stubs
-        self._metadata = metadata
+    def __init__(
+        self, stubs: channels.Stubs, metadata: channels.Metadata, resumption: WatchResumption, retries: Retries
+    ) -> None:
         self._resumption = resumption
-        super().__init__(self._start(), self._receipt, lambda: None)
+
+        def start() -> Any:
+            return stubs.watch_usage(resumption.request(), timeout=retries.timeout(), metadata=metadata)
+
+        super().__init__(start, self._receipt, lambda: None, retries)
 
     @property
     def sequence(self) -> int | None:
@@ -174,22 +201,17 @@ class UsageWatch(_Responses[Receipt]):
         self._resumption.saw(message.receipt.sequence)
         return usage_convert.receipt(message.receipt)
 
-    def _start(self) -> Any:
-        return self._stubs.watch_usage(
-            self._resumption.request(), timeout=self._resumption.timeout(), metadata=self._metadata
-        )
-
-    def _go_on_after(self, error: errors.HeadraceError) -> Any:
+    def _go_on_after(self, error: errors.HeadraceError) -> None:
         if not self._resumption.goes_on_after(error):
             raise error
-        return self._start()
 
 
 class Batch(_Responses[responses.BatchItem]):
     """The outcomes of a batch, each with its prompt's index, in the order of completion."""
 
     def __init__(self, call: Any, sent: requests.BatchRequests) -> None:
-        super().__init__(call, responses.batch_item, sent.check)
+        # The prompts are read once: nothing is sent again.
+        super().__init__(lambda: call, responses.batch_item, sent.check, Retries(None, max_retries=0))
         self._sent = sent
 
     def __next__(self) -> responses.BatchItem:

@@ -110,10 +110,12 @@ def size_of(event: AnswerEvent) -> int:
     """Bytes that an event takes in memory, about."""
     match event:
         case Delta():
-            texts = len(event.text) + len(event.reasoning_text)
-            calls = sum(250 + len(one.arguments_json) for one in event.tool_calls)
-            tokens = sum(200 + 150 * len(one.top) for one in event.logprobs)
-            return 250 + texts + calls + 36 * len(event.token_ids) + tokens
+            size = 250 + len(event.text) + len(event.reasoning_text) + 36 * len(event.token_ids)
+            if event.tool_calls:
+                size += sum(250 + len(one.arguments_json) for one in event.tool_calls)
+            if event.logprobs:
+                size += sum(200 + 150 * len(one.top) for one in event.logprobs)
+            return size
         case Scored():
             return 200 + sum(200 + 150 * len(one.top) for one in event.tokens)
         case ChoiceFinish():

@@ -42,7 +42,12 @@ class Broadcast:
     """What the run ended with, if it did not come to its end."""
     _first: int = 0
     """Number of the first of ``events``; more than 0 only where they are not kept."""
-    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
+    _read: asyncio.Future[None] | None = None
+    """Done when the run, which waits for it, is to go on."""
+    _enough: int | None = None
+    """Events that it is still ahead then."""
+    _added: list[asyncio.Future[None]] = field(default_factory=list)
+    """Done when there is another event, or none will come: readers wait for them."""
 
     # --- the run's side
 
@@ -51,15 +56,30 @@ class Broadcast:
         size = size_of(event)
         self.events.append(event)
         self.size += size
-        self.notify()
+        if self._added:
+            self._wake_readers()
         return size
 
-    async def wanted(self, *, ahead: int | None = None) -> None:
-        """Returns when the next event is wanted: where all are kept, as soon as no more than ``ahead`` wait for the
-        reader that is furthest; where they are not, when all readers ask for it.
+    def is_wanted(self, *, ahead: int | None = None) -> bool:
+        """Whether the next event is wanted: where all are kept, as long as no more than ``ahead`` wait for the reader
+        that is furthest; where they are not, when all readers ask for it.
         """
-        while self.readers and self._is_enough(ahead):
-            await self._changed()
+        if not self.readers or (self.kept and ahead is None):
+            return True
+        if self.kept:
+            return self._end - max(reader.position for reader in self.readers) <= (ahead or 0)
+        return min(reader.position for reader in self.readers) >= self._end
+
+    async def wanted(self, *, ahead: int | None = None) -> None:
+        """Returns when the next event is wanted. If it is not now, a half of those ``ahead`` are wanted then: to be
+        woken for each would cost too much.
+        """
+        if self.is_wanted(ahead=ahead):
+            return
+        self._enough = None if ahead is None else ahead // 2
+        while not self.is_wanted(ahead=self._enough):
+            self._read = asyncio.get_running_loop().create_future()
+            await self._read
 
     def drop(self) -> int:
         """Lets go of the events that are there; returns their bytes."""
@@ -70,14 +90,7 @@ class Broadcast:
 
     def finish(self, error: Exception | None = None) -> None:
         self.done, self.error = True, error
-        self.notify()
-
-    def notify(self) -> None:
-        """Wakes all that wait for a change."""
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        self._wake_readers()
 
     # --- the readers' side
 
@@ -88,9 +101,11 @@ class Broadcast:
         if reader.is_busy:
             reader.is_busy = False
             reader.position += 1
-            self.notify()
+            self._wake_run()
         while not (reader.left_behind or reader.position < self._end or self.done):
-            await self._changed()
+            future = asyncio.get_running_loop().create_future()
+            self._added.append(future)
+            await future
         if reader.left_behind:
             raise LeftBehind
         if reader.position < self._end:
@@ -100,19 +115,22 @@ class Broadcast:
             raise self.error
         return None
 
+    def leave(self, reader: Reader) -> None:
+        self.readers.discard(reader)
+        self._wake_run()
+
     # ---
 
     @property
     def _end(self) -> int:
         return self._first + len(self.events)
 
-    def _is_enough(self, ahead: int | None) -> bool:
-        positions = [reader.position for reader in self.readers]
-        if self.kept:
-            return ahead is not None and self._end - max(positions) > ahead
-        return min(positions) < self._end
+    def _wake_run(self) -> None:
+        if self._read is not None and not self._read.done() and self.is_wanted(ahead=self._enough):
+            self._read.set_result(None)
 
-    async def _changed(self) -> None:
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
-        await future
+    def _wake_readers(self) -> None:
+        added, self._added = self._added, []
+        for future in added:
+            if not future.done():
+                future.set_result(None)

@@ -167,8 +167,7 @@ class Idempotency:
             run.call.deadline = max(call.deadline, run.call.deadline)
 
     def _leave(self, run: _Run, reader: Reader) -> None:
-        run.broadcast.readers.discard(reader)
-        run.broadcast.notify()
+        run.broadcast.leave(reader)
         if run.broadcast.readers:
             return
         if run.broadcast.done:

@@ -49,6 +49,8 @@ class _Flight:
 
     call: Call
     """Its own copy of the call that began it, with the same meter: others may wait longer than that one."""
+    key: bytes | None
+    """Under which others join it; ``None``: nobody may."""
     broadcast: Broadcast = field(default_factory=Broadcast)
     began: bool = False
     """Whether there was an event."""
@@ -110,31 +112,9 @@ class ResponseCache:
                 yield stored
             yield StreamEnd()
             return
-        async with aclosing(self._share(call, key, inner)) as events:
-            async for event in events:
-                yield event
-
-    async def _look_up(self, call: Call, key: bytes) -> StoredAnswer | None:
-        answer = await self._store.get(key)
-        if answer is None or (self._store.is_shared and not is_whole(call.request, answer.events)):
-            return None
-        most = call.request.response_caching.max_age
-        age = (self._accounting.clock() - answer.made_at) / SECOND
-        return answer if most is None or age <= most else None
-
-    # --- sharing what runs -----------------------------------------------------------------------------------------
-
-    async def _share(self, call: Call, key: bytes, inner: Handler) -> Events:
-        """Joins an equal call that runs, or else runs this one."""
         flight_key = flight_key_of(call.request, call.targets, key) if _may_be_shared(call) else None
         for tries in range(MAX_TRIES):
-            flight = None if flight_key is None else self._flights.get(flight_key)
-            if flight is None or not flight.broadcast.kept:
-                # Beside one that is too large to be joined, it runs for itself.
-                flight = self._begin(call, None if flight is not None else flight_key, inner)
-                is_first = True
-            else:
-                is_first = False
+            flight, is_first = self._join(call, flight_key, inner)
             call.meter.cache = CacheStatus.MISS if is_first else CacheStatus.HIT
             try:
                 async with aclosing(self._read(call, flight, is_first=is_first)) as events:
@@ -146,10 +126,29 @@ class ResponseCache:
             else:
                 return
 
+    async def _look_up(self, call: Call, key: bytes) -> StoredAnswer | None:
+        answer = await self._store.get(key)
+        if answer is None or (self._store.is_shared and not is_whole(call.request, answer.events)):
+            return None
+        most = call.request.response_caching.max_age
+        age = (self._accounting.clock() - answer.made_at) / SECOND
+        return answer if most is None or age <= most else None
+
+    # --- sharing what runs -----------------------------------------------------------------------------------------
+
+    def _join(self, call: Call, flight_key: bytes | None, inner: Handler) -> tuple[_Flight, bool]:
+        """An equal call that runs; or else this one, begun, and True."""
+        flight = None if flight_key is None else self._flights.get(flight_key)
+        if flight is not None and flight.broadcast.kept:
+            return flight, False
+        # Beside one that is too large to be joined, it runs for itself.
+        return self._begin(call, None if flight is not None else flight_key, inner), True
+
     async def _read(self, call: Call, flight: _Flight, *, is_first: bool) -> Events:
         reader, run = Reader(), flight.call
         flight.broadcast.readers.add(reader)
-        # It is wanted as long as anybody wants it.
+        # What a reader gets at once is noted at once, too; and it is wanted as long as anybody wants it.
+        run.is_streamed = run.is_streamed or call.is_streamed
         if call.deadline is None or run.deadline is None:
             run.deadline = None
         else:
@@ -169,8 +168,7 @@ class ResponseCache:
 
     async def _leave(self, flight: _Flight, reader: Reader) -> None:
         """The last to leave cancels it, and waits until it is settled."""
-        flight.broadcast.readers.discard(reader)
-        flight.broadcast.notify()
+        flight.broadcast.leave(reader)
         if flight.broadcast.readers:
             return
         if not flight.broadcast.done:
@@ -181,13 +179,17 @@ class ResponseCache:
         self._size -= flight.broadcast.drop()
 
     def _begin(self, call: Call, flight_key: bytes | None, inner: Handler) -> _Flight:
-        flight = _Flight(replace(call))
+        flight = _Flight(replace(call), flight_key)
         if flight_key is not None:
             self._flights[flight_key] = flight
         flight.task = asyncio.create_task(self._run(flight, inner))
         return flight
 
     async def _run(self, flight: _Flight, inner: Handler) -> None:
+        """Goes at the pace of the reader which is furthest, or if the events have become too many to be kept, of the
+        one which is not. What goes wrong is raised to whoever reads.
+        """
+        broadcast = flight.broadcast
         error: Exception | None = BackendUnavailable("the call that this one shared was cancelled; try again")
         try:
             ended = False
@@ -196,9 +198,14 @@ class ResponseCache:
                     flight.began = True
                     if isinstance(event, StreamEnd):
                         ended = True
-                    else:
-                        self._size += flight.broadcast.add(event)
-                        await self._wanted(flight)
+                        continue
+                    self._size += broadcast.add(event)
+                    if broadcast.size > MAX_ANSWER_BYTES or self._size > self._max_bytes:
+                        broadcast.kept = False
+                    if not broadcast.is_wanted(ahead=AHEAD):
+                        await broadcast.wanted(ahead=AHEAD)
+                    if not broadcast.kept:
+                        self._size -= broadcast.drop()
             if not ended:
                 raise RuntimeError("a stream stopped without its end. This is a bug")
             await self._keep(flight)
@@ -207,24 +214,12 @@ class ResponseCache:
             error = failure
         finally:
             self._forget(flight)
-            flight.broadcast.finish(error)
-
-    async def _wanted(self, flight: _Flight) -> None:
-        """Returns when the next event is wanted: that is the pace of the reader which is furthest, or if the events
-        have become too many to be kept, of the one which is not.
-        """
-        broadcast = flight.broadcast
-        if broadcast.size > MAX_ANSWER_BYTES or self._size > self._max_bytes:
-            broadcast.kept = False
-        await broadcast.wanted(ahead=AHEAD)
-        if not broadcast.kept:
-            self._size -= broadcast.drop()
+            broadcast.finish(error)
 
     def _forget(self, flight: _Flight) -> None:
         """Nobody joins it any more."""
-        for key, one in list(self._flights.items()):
-            if one is flight:
-                del self._flights[key]
+        if flight.key is not None and self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
 
     # --- storing ---------------------------------------------------------------------------------------------------
 

@@ -64,12 +64,13 @@ def _asked(error: HeadraceError, seconds: float | None) -> float | None:
 
 def combined(route: str, refusals: Sequence[tuple[str, Exception]]) -> Exception:
     """What a call of ``route`` ends with whose every target is out of the question: ``refusals`` says which and why,
-    one or more. If one of the reasons may pass, the error is one that may.
+    one or more; of one model the last counts. If one of the reasons may pass, the error is one that may.
     """
-    errors = [error for _, error in refusals]
-    if len({name for name, _ in refusals}) == 1:
-        return errors[-1]
-    error = _combined(route, errors, "; ".join(f"{name}: {_reason(one)}" for name, one in refusals))
+    by_model = dict(refusals)
+    errors = list(by_model.values())
+    if len(errors) == 1:
+        return errors[0]
+    error = _combined(route, errors, "; ".join(f"{name}: {_reason(one)}" for name, one in by_model.items()))
     said = [one.provider_status for one in errors if isinstance(one, HeadraceError) and one.provider_status is not None]
     error.provider_status = said[-1] if said else None
     return error

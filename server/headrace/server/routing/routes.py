@@ -73,9 +73,7 @@ class RouteOptions(BaseModel):
             if names.count(name) > 1:
                 raise ValueError(f"targets must be different models, and {name!r} is there twice")
         if self.mode is Mode.ORDERED and any(target.weight is not None for target in self.targets):
-            raise ValueError(
-                'weight is for mode = "weighted"; in order, the first target that fits is tried first'
-            )
+            raise ValueError('weight is for mode = "weighted"; in order, the first target that fits is tried first')
         return self
 
 

@@ -137,7 +137,7 @@ class AnthropicDialect:
     def problem(self, body: bytes) -> Problem:
         try:
             return problem_of(json.loads(body)["error"])
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return Problem()
 
 

@@ -109,7 +109,7 @@ class GeminiDialect:
         try:
             data = json.loads(body)
             return problem_of((data[0] if isinstance(data, list) else data)["error"])
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return Problem()
 
 

@@ -9,12 +9,14 @@ from typing import Any
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import JsonObjectFormat, JsonSchemaFormat
 from headrace.backends.remote.dialect import Problem, StreamFailed
-from headrace.backends.remote.dialects.chat import json_object
+from headrace.backends.remote.dialects.chat import json_object, stand_in
 from headrace.backends.remote.dialects.counts import count
 from headrace.backends.types import Call, ChatInput, GenerateRequest, NamedTool, Role, ToolDefinition, Usage
 
 MAX_SEED = 2**63 - 1
 """Their seeds are signed; ours are not."""
+MAX_ID = 40
+"""Characters of a call's id."""
 _STATUSES = {
     "invalid_request_error": 400,
     "context_length_exceeded": 400,
@@ -94,15 +96,24 @@ def messages_of(chat: ChatInput, *, system: str = "system", reasoning: str | Non
         if message.tool_calls:
             said["content"] = message.text or None
             said["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
+                {
+                    "id": id_of(call.id),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments_json},
+                }
                 for call in message.tool_calls
             ]
         if message.tool_call_id is not None:
-            said["tool_call_id"] = message.tool_call_id
+            said["tool_call_id"] = id_of(message.tool_call_id)
         if reasoning is not None and message.reasoning_text is not None:
             said[reasoning] = message.reasoning_text
         messages.append(said)
     return messages
+
+
+def id_of(call_id: str) -> str:
+    """The id of a call, which another provider may have made: OpenAI takes 40 characters."""
+    return call_id if len(call_id) <= MAX_ID else stand_in(call_id)
 
 
 def tools_of(chat: ChatInput) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from headrace.backends.remote.dialects.openai_json import (
     extension_of,
     failure_in,
     function_of,
+    id_of,
     problem_of,
     sampling_of,
     schema_of,
@@ -130,15 +131,14 @@ def _items_of(chat: ChatInput, *, system: str) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     for message in chat.messages:
         if message.role is Role.TOOL:
-            items.append(
-                {"type": "function_call_output", "call_id": message.tool_call_id or "", "output": message.text}
-            )
+            call_id = id_of(message.tool_call_id or "")
+            items.append({"type": "function_call_output", "call_id": call_id, "output": message.text})
             continue
         role = system if message.role is Role.SYSTEM else message.role.value
         if message.text or not message.tool_calls:
             items.append({"role": role, "content": message.text})
         items += (
-            {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments_json}
+            {"type": "function_call", "call_id": id_of(call.id), "name": call.name, "arguments": call.arguments_json}
             for call in message.tool_calls
         )
     return items

@@ -140,6 +140,8 @@ class ChunkReader:
         place = choice.places.get(number)
         if place is not None and (not identity or not function.get("name") or identity == choice.calls[place]):
             return ToolCallDelta(place, arguments_json=arguments)
+        if not function.get("name"):
+            raise ValueError("a call of no tool")
         place = choice.places[number] = len(choice.calls)
         choice.calls.append(identity or f"{chunk['id']}-{place}")
         return ToolCallDelta(place, choice.calls[place], function["name"], arguments)
