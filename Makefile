@@ -67,7 +67,7 @@ $(VENV)/.kernels: $(VENV)/bin/python $(KERNELS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(PIP) install --editable '.[serve,postgres,prices,remote,build,bench,dev]'
+	$(PIP) install --editable '.[serve,postgres,prices,remote,redis,build,bench,dev]'
 	@touch $@ $(VENV)/.serve
 
 # For tests they are not.

@@ -37,8 +37,6 @@ class ServerProcess:
 
     def __init__(self, config: Path, models_dir: Path) -> None:
         environment = {**os.environ, "HEADRACE_MODELS_DIR": str(models_dir)}
-        # As a user has it: with a response cache.
-        environment.pop("HEADRACE_RESPONSE_CACHE", None)
         self.process = subprocess.Popen(
             [HEADRACE, "serve", "--config", str(config)],
             stderr=subprocess.PIPE,

@@ -83,8 +83,9 @@ def posting_of(
     model: str | None = None,
     recovered: bool = False,
 ) -> Posting:
-    """What a hold becomes; ``model`` if it went elsewhere in the end. The tenant pays at most what was held; what a provider bills stands beside it. Never fails:
-    counts are a backend's own, and a settlement that cannot be written would leave its hold behind.
+    """What a hold becomes; ``model`` if it went elsewhere in the end. The tenant pays at most what was held; what a
+    provider bills stands beside it. Never fails: counts are a backend's own, and a settlement that cannot be written
+    would leave its hold behind.
     """
     used = bool(usage.input_tokens or usage.output_tokens)
     charge = cost.charge_nanos if cost is not None and used else 0
