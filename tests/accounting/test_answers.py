@@ -52,7 +52,9 @@ SCORES = st.builds(
     ),
 )
 USAGES = st.builds(types.Usage, *[COUNTS] * 8, st.booleans())
-ATTEMPTS = st.builds(types.Attempt, NAMES, st.none() | NAMES, USAGES, st.none() | st.sampled_from(types.AttemptOutcome))
+ATTEMPTS = st.builds(
+    types.Attempt, NAMES, NAMES, st.none() | NAMES, USAGES, st.none() | st.sampled_from(types.AttemptOutcome)
+)
 COSTS = st.builds(
     types.Cost,
     currency=st.just("EUR"),

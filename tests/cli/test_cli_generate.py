@@ -17,6 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from headrace.cli.main import cli
+from headrace.cli.output import summary
+from headrace.client import CacheStatus, Report, Timings, Usage
 from headrace.v1 import generation_pb2
 from tests.clients.fake_server import ANSWER, Failure, FakeServer, bad_field, overloaded, unsupported
 
@@ -312,3 +314,10 @@ def test_a_terminal_does_not_obey_the_models_escape_sequences(server: FakeServer
     text, _ = at_terminal(server, "generate", "Hi")
     assert text == "␛]0;owned␇�31m ok\n"
     assert run(server, "generate", "Hi").stdout == "\x1b]0;owned\x07\x9b31m ok\n"
+
+
+def test_the_summary_says_that_an_answer_was_stored():
+    report = Report(
+        request_id="r", usage=Usage(), timings=Timings(), backend="b", model="m", cache_status=CacheStatus.HIT
+    )
+    assert summary(report, []) == "a stored answer"

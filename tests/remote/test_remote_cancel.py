@@ -24,7 +24,7 @@ from headrace.backends.types import (
     StreamEnd,
 )
 from tests.remote.asking import ask, ask_in_vain, call_of, remote_model, request_of, text_of
-from tests.remote.remote_kit import answer, finish_of, no_task_is_left, says, serving, stream
+from tests.remote.remote_kit import answer, chunk, finish_of, no_task_is_left, says, serving, stream
 from tests.remote.upstream import Answer, Upstream
 
 FIRST = "twelve bytes"
@@ -128,6 +128,26 @@ async def test_a_call_that_is_left_can_be_drained_for_its_usage(
     [attempt] = call.meter.attempts
     assert attempt.outcome is AttemptOutcome.CANCELLED
     assert (attempt.usage.input_tokens, attempt.usage.output_tokens, attempt.usage.estimated) == (7, 2, False)
+
+
+@pytest.mark.parametrize("policy", ["abort", "drain"])
+async def test_what_has_come_when_a_call_is_left_is_counted_whatever_the_policy(policy: str):
+    """Its first text and its end in one piece."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield tools + b"".join(answer("Hi"))
+        await asyncio.Event().wait()
+
+    part = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": "{}"}}
+    tools = chunk(choices=[{"index": 0, "delta": {"tool_calls": [part]}, "finish_reason": None}])
+    async with (
+        Upstream(lambda _: Answer(pieces())) as upstream,
+        remote_model(upstream.url, "openai-compatible", provider={"on_cancel": policy}) as model,
+    ):
+        call = call_of()
+        await _leave_at_first_text(model, call)
+    usage = call.meter.attempts[0].usage
+    assert (usage.input_tokens, usage.output_tokens, usage.estimated) == (7, 2, False)
 
 
 async def test_a_drain_that_takes_too_long_is_aborted_and_estimated():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import subprocess
 import sys
@@ -185,14 +186,21 @@ def test_the_key_does_not_depend_on_the_order_of_a_mapping_or_on_the_process() -
 
 
 def test_no_two_tenants_ever_have_a_key_in_common() -> None:
+    """100,000 requests, many of them equal, each sent by one of two tenants."""
     random_source = random.Random(7)
     tenants: dict[str, set[bytes]] = {"acme": set(), "zeta": set()}
-    for _ in range(50_000):
-        text = "".join(random_source.choices("ab", k=random_source.randint(1, 4)))
-        request = types.GenerateRequest(input=types.TextInput(text), seed=random_source.randint(0, 3))
-        target = types.Target(model=TARGET.model, prompt=types.Prompt(text, tuple(text.encode())), max_new_tokens=8)
-        for tenant, keys in tenants.items():
-            keys.add(key(request, target, tenant))
+    requests = [
+        (
+            types.GenerateRequest(input=types.TextInput(text), seed=seed),
+            types.Target(model=TARGET.model, prompt=types.Prompt(text, tuple(text.encode())), max_new_tokens=8),
+        )
+        for text in map("".join, itertools.chain(*(itertools.product("ab", repeat=length) for length in range(1, 5))))
+        for seed in range(4)
+    ]
+    for _ in range(100_000):
+        request, target = random_source.choice(requests)
+        tenant = random_source.choice(("acme", "zeta"))
+        tenants[tenant].add(key(request, target, tenant))
     assert len(tenants["acme"]) == len(tenants["zeta"]) == 4 * (2 + 4 + 8 + 16)
     assert not tenants["acme"] & tenants["zeta"]
 

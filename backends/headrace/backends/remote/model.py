@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from headrace.backends.types import (
     Call,
     ChoiceFinish,
     Delta,
+    Event,
     Events,
     ExpiryAction,
     FinishReason,
@@ -201,11 +203,13 @@ class RemoteModel:
             redact=provider.keys.redact,
         )
         is_complete = False
+        came: Iterator[Event] = iter(())
         try:
             while not is_complete:
                 piece = await waiting.until(until, response.content.readany, self._silent)
                 num_events = stream.num_events
-                for event in stream.feed(piece) if piece else stream.end():
+                came = iter(stream.feed(piece) if piece else stream.end())
+                for event in came:
                     yield event
                 self.reported_version = stream.reported_version or self.reported_version
                 is_complete = stream.finished or not piece
@@ -213,6 +217,7 @@ class RemoteModel:
                     until = self._clock() + settings.idle_seconds
             await finish(response)
         except (asyncio.CancelledError, GeneratorExit):
+            is_complete = _read_out(stream, came)
             if settings.on_cancel is CancelPolicy.DRAIN:
                 is_complete = await self._drain(response, stream)
             raise
@@ -225,16 +230,25 @@ class RemoteModel:
             async with asyncio.timeout(self._provider.options.drain_seconds):
                 while not stream.finished:
                     piece = await response.content.readany()
-                    for _ in stream.feed(piece) if piece else stream.end():
-                        pass
                     if not piece:
-                        break
+                        stream.end()
+                        return True
+                    for _ in stream.feed(piece):
+                        pass
         except (*failures.TRANSPORT_ERRORS, HeadraceError):
             return False
         return True
 
     def _silent(self) -> HeadraceError:
         return failures.unavailable(self._provider.name, "did not answer in time")
+
+
+def _read_out(stream: AnswerStream, came: Iterator[Event]) -> bool:
+    """Counts what has come already, though nobody wants it. Returns whether that is all."""
+    with contextlib.suppress(HeadraceError):
+        for _ in came:
+            pass
+    return stream.finished
 
 
 def _filled(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -58,6 +59,10 @@ class Prices:
         """``currency`` is the ledger's. Raises SettingsError if a source lists prices in another."""
         self._sources = sources
         self._guide = guide
+        self._asked: defaultdict[tuple[str | None, str], list[ListedPrice]] = defaultdict(list)
+        """The guide, by provider and model."""
+        for entry in guide:
+            self._asked[entry.provider, entry.model].append(entry)
         self._currency = currency
         self._clock = clock
         for source, entry in self._entries():
@@ -82,8 +87,7 @@ class Prices:
         price = self.price(there, at)
         if price is not None:
             return price
-        asked = [entry for entry in self._guide if (entry.provider, entry.model) == (there.backend, there.model)]
-        entry = in_force(asked, _time(at))
+        entry = in_force(self._asked.get((there.backend, there.model), ()), _time(at))
         return entry.price if entry is not None and entry.price.currency == self._currency else None
 
     def current(self, priced: Priced) -> ListedPrice | None:
