@@ -120,6 +120,7 @@ def paths(message: Descriptor, prefix: str = "") -> set[str]:
 
 def test_the_kit_knows_the_fields_of_a_request() -> None:
     of_the_server = {"request_id", "idempotency_key", "model", "budget_policy", "extensions"}
+    of_the_server |= {path for path in paths(pb.GenerationSpec.DESCRIPTOR) if path.startswith("cache.response")}
     assert paths(pb.GenerationSpec.DESCRIPTOR) - of_the_server == REQUEST_OPTIONS
     assert paths(scoring_pb2.ScoreRequest.DESCRIPTOR) - of_the_server - REQUEST_OPTIONS == SCORING_OPTIONS - {"scoring"}
     assert ENGINE_OPTIONS <= REQUEST_OPTIONS | SCORING_OPTIONS

@@ -276,7 +276,8 @@ def test_counts_are_there_as_soon_as_they_come():
     reader = DIALECT.reader(call_of(), usage)
     for message in EventParser().feed(BASIC[: BASIC.index(b"event: content_block_start")]):
         reader.read(message)
-    assert usage == Usage(input_tokens=25, output_tokens=1)
+    # It says 1 of the output, of which there is none yet.
+    assert usage == Usage(input_tokens=25)
     assert reader.reported_version == "claude-opus-5-5"
     assert not reader.finished
 
@@ -357,6 +358,20 @@ async def test_the_documented_error_after_some_text_keeps_the_text_and_its_usage
         assert (attempt.usage.input_tokens, attempt.usage.estimated) == (25, True)
         assert attempt.usage.output_tokens
         await upstream.until(lambda it: not it.num_open)
+
+
+async def test_an_error_before_any_output_has_used_none():
+    """So it is not billed, and another model may be tried."""
+    begun = BASIC[: BASIC.index(b"event: content_block_start")]
+    async with (
+        Upstream(lambda _: Answer([begun, OVERLOADED])) as upstream,
+        remote_model(upstream.url, "anthropic") as model,
+    ):
+        call = call_of()
+        seen, error = await ask_in_vain(model, call)
+        assert not seen
+        assert isinstance(error, BackendUnavailable)
+        assert not call.meter.attempts[0].usage.output_tokens
 
 
 async def test_a_dropped_connection_keeps_the_text_and_its_usage():

@@ -238,6 +238,22 @@ async def test_a_deadline_that_passes_while_an_answer_is_awaited_is_an_error():
     assert call.meter.attempts[0].outcome is AttemptOutcome.EXPIRED
 
 
+async def test_a_deadline_that_moves_away_while_an_answer_is_awaited_is_not_kept():
+    """As when somebody with more time comes to read the same call."""
+    held = Held()
+    async with Upstream(held) as upstream, remote_model(upstream.url, "openai-compatible") as model:
+        call = call_of()
+        call.deadline = first = time.monotonic() + 0.2
+        asking = asyncio.create_task(ask(model, call))
+        await upstream.until(lambda it: bool(it.requests))
+        call.extend(None)
+        await asyncio.sleep(max(0.0, first + 0.05 - time.monotonic()))
+        held.go_on.set()
+        found = await asking
+    assert text_of(found.events) == f"{FIRST} and more"
+    assert call.meter.attempts[0].outcome is AttemptOutcome.COMPLETED
+
+
 async def test_a_deadline_that_has_passed_already_sends_nothing():
     async with Upstream(Held()) as upstream, remote_model(upstream.url, "openai-compatible") as model:
         call = call_of()

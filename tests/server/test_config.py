@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from headrace.backends.paths import default_models_dir
+from headrace.backends.scripted import ScriptedModelOptions
 from headrace.server.app import App
 from headrace.server.config import LogLevel, Settings, SettingsError, is_loopback, load_settings
 
@@ -132,7 +134,44 @@ def test_settings_of_backends_are_checked_at_start(backends: dict[str, dict[str,
 def test_what_is_accepted_is_told_of_the_place_where_it_is_missing() -> None:
     with pytest.raises(SettingsError) as refused:
         App(Settings(backends={"scripted": {"models": {"m": {"colour": 1}}}}, plugins=("scripted",)))
-    assert str(refused.value) == "backends.scripted.models.m.colour: no such setting"
+    there = ", ".join(ScriptedModelOptions.model_fields)
+    assert str(refused.value) == f"backends.scripted.models.m.colour: no such setting; there is {there}"
+
+
+def test_of_a_wrong_item_in_a_list_the_item_alone_is_told(tmp_path: Path) -> None:
+    message = refusal(toml(tmp_path, '[[routes.assistant.targets]]\nmodel = "m"\nweight = -1'))
+    assert message == "routes.assistant.targets.0.weight: Input should be greater than 0, got -1"
+    message = refusal(toml(tmp_path, '[[routes.assistant.targets]]\nmodel = "m"\nwieght = 1'))
+    assert message.startswith("routes.assistant.targets.0.wieght: no such setting; there is model, weight, ")
+
+
+def test_a_setting_that_must_be_there_is_named_without_what_stands_beside_it(tmp_path: Path) -> None:
+    message = refusal(toml(tmp_path, '[routes.assistant]\nmode = "ordered"'))
+    assert message == "routes.assistant.targets: must be set"
+
+
+def test_what_a_secret_setting_holds_is_not_quoted(tmp_path: Path) -> None:
+    assert "31337" not in refusal(toml(tmp_path, "usage_events_token = 31337"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'api_key = "sk-hunter2"',
+        'api_key = "env:sk-hunter2"',
+        'api_key = "file:sk-hunter2"',
+        'tenant_api_keys = { acme = "sk-hunter2" }',
+        'headers = { "X Key" = "hunter2" }',
+        'base_url = "http://me:hunter2@gateway/v1?x=1"',
+        'proxy = "socks5://me:hunter2@proxy:3128"',
+    ],
+)
+def test_a_key_that_was_written_into_the_settings_is_not_quoted(line: str) -> None:
+    provider = tomllib.loads(f'dialect = "openai"\n{line}')
+    with pytest.raises(SettingsError) as refused:
+        App(Settings(backends={"remote": {"providers": {"openai": provider}}}, plugins=("remote",)))
+    assert str(refused.value).startswith(f"backends.remote.providers.openai.{line.partition(' ')[0]}")
+    assert "hunter2" not in str(refused.value)
 
 
 def test_byte_sizes_have_units() -> None:

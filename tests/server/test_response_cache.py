@@ -414,6 +414,25 @@ async def test_a_run_lasts_until_the_latest_deadline_of_its_readers() -> None:
     assert [await reader.rest() for reader in readers] == ["abc"] * 3
 
 
+async def test_a_run_lasts_longer_where_a_reader_is_given_more_time() -> None:
+    """By somebody who reads that call, under its idempotency key or on another connection."""
+    model, made = Letters(free=False), in_memory()
+    first = call(model)
+    first.deadline = 10.0
+    reader = Reader(made.cache(model.run), first)
+    model.turn()
+    await reader.read(1)
+    (run,) = model.calls
+    first.extend(20.0)
+    assert (first.deadline, run.deadline) == (20.0, 20.0)
+    first.extend(15.0)
+    assert (first.deadline, run.deadline) == (20.0, 20.0)
+    model.turn(2)
+    assert await reader.rest() == "abc"
+    first.extend(30.0)
+    assert run.deadline == 20.0
+
+
 async def test_a_run_is_streamed_as_soon_as_one_of_its_readers_is() -> None:
     """So that the ledger notes what it has used before that one sees it."""
     model, made = Letters(free=False), in_memory()
@@ -445,6 +464,30 @@ async def test_one_of_those_that_wait_tries_again_when_a_run_fails_before_its_fi
     assert [type(one) for one in results] == [BackendError, str, str]
     assert model.runs == 2
     assert sorted(str(reader.call.meter.cache) for reader in readers[1:]) == [str(HIT), str(MISS)]
+
+
+async def test_who_begins_anew_begins_at_the_first_model_wherever_the_run_before_has_been() -> None:
+    model, other, made = Letters(), Letters(name="other"), in_memory()
+    entered: list[str] = []
+
+    async def run(made: Call) -> Events:
+        """Fails at the first model, falls back to the other, and fails there, too."""
+        assert made.model is not None
+        entered.append(made.model.card.name)
+        await model.go.acquire()
+        made.enter(made.targets[1])
+        raise BackendError("broken")
+        yield StreamEnd()
+
+    handler = made.cache(run)
+    readers = [Reader(handler, call(model, other)) for _ in range(2)]
+    for reader in readers:
+        reader.want()
+    await until(lambda: len([one for flight in made._flights.values() for one in flight.broadcast.readers]) == 2)
+    model.turn(2)
+    results = await asyncio.gather(*(reader.rest() for reader in readers), return_exceptions=True)
+    assert [type(one) for one in results] == [BackendError] * 2
+    assert entered == ["letters", "letters"]
 
 
 async def test_an_error_reaches_all_that_wait_after_two_runs_at_most() -> None:

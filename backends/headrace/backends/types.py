@@ -711,6 +711,14 @@ class Call:
     meter: Meter = field(default_factory=Meter)
     is_streamed: bool = False
     """Whether events are handed over as they come; otherwise all of them at the end, or nothing."""
+    run: Call | None = None
+    """The call that runs for this one and others, if it does not run itself."""
+
+    def extend(self, deadline: float | None) -> None:
+        """It is wanted until ``deadline`` at least: somebody else has come to read it. ``None``: whenever it ends."""
+        self.deadline = None if deadline is None or self.deadline is None else max(deadline, self.deadline)
+        if self.run is not None:
+            self.run.extend(deadline)
 
     def enter(self, target: Target) -> None:
         """Goes to ``target``: attempts are made there from now on."""

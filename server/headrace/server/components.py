@@ -100,7 +100,7 @@ def _make(plugin: Plugin, field: str, component: type[Any], table: Table, *conte
     try:
         options = shape.model_validate(table)
     except ValidationError as error:
-        raise SettingsError(describe(error, shape.model_fields, f"{field}.{component.name}.")) from None
+        raise SettingsError(describe(error, shape, f"{field}.{component.name}.")) from None
     try:
         return component(options, *context)
     except Exception as error:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import enum
 import ipaddress
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -264,7 +265,7 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     try:
         loaded: Settings = settings(**flags)
     except ValidationError as error:
-        raise SettingsError(describe(error, Settings.model_fields)) from None
+        raise SettingsError(describe(error, Settings)) from None
     except ValueError as error:  # TOML syntax, JSON in an environment variable
         raise SettingsError(f"settings: {error}") from None
     return loaded
@@ -287,19 +288,51 @@ def _check_environment() -> None:
             raise SettingsError(f"{variable}: no such setting; there is {there}")
 
 
-def describe(error: ValidationError, accepted: Mapping[str, Any], prefix: str = "") -> str:
-    """One line for each wrong setting: its name, what is wrong, and what is accepted."""
+def describe(error: ValidationError, shape: type[BaseModel], prefix: str = "") -> str:
+    """One line for each wrong setting of ``shape``: its name, what is wrong, and what is accepted. What a field holds
+    that is not shown (``repr=False``, a ``SecretStr``) is not quoted: a key in the wrong place is a key all the same.
+    """
+    problems = error.errors()
+    paths = [problem["loc"] for problem in problems]
     lines = []
-    for problem in error.errors():
-        name = prefix + ".".join(str(part) for part in problem["loc"])
+    for problem in problems:
+        path = problem["loc"]
+        if any(other != path and other[: len(path)] == path for other in paths):
+            continue  # a list is short of the item that is wrong
+        name = prefix + ".".join(str(part) for part in path)
+        accepted, secret = _look_up(shape, path)
         if problem["type"] == "extra_forbidden":
-            there = f"; there is {', '.join(accepted)}" if len(problem["loc"]) == 1 else ""
-            lines.append(f"{name}: no such setting{there}")
+            lines.append(f"{name}: no such setting" + (f"; there is {', '.join(accepted)}" if accepted else ""))
+        elif problem["type"] == "missing":
+            lines.append(f"{name}: must be set")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            got = "" if problem["type"] == _UNSHOWN else f", got {problem['input']!r}"
-            lines.append(f"{name}: {message}{got}")
+            shown = not secret and problem["type"] != _UNSHOWN and not isinstance(problem["input"], dict | list)
+            lines.append(f"{name}: {message}" + (f", got {problem['input']!r}" if shown else ""))
     return "\n".join(lines)
+
+
+def _look_up(shape: type[BaseModel], path: Sequence[str | int]) -> tuple[Collection[str], bool]:
+    """The names beside the last one of ``path``, if it is in a table of ours; whether there is a secret on the way."""
+    at: Any = shape
+    accepted: Collection[str] = ()
+    secret = False
+    for part in path:
+        accepted = ()
+        if isinstance(at, type) and issubclass(at, BaseModel):
+            accepted = at.model_fields
+            field = at.model_fields.get(str(part))
+            if field is None:
+                break
+            secret = secret or not field.repr
+            at = field.annotation
+        else:  # a dict, a list, or a tuple of any length
+            at = next((one for one in reversed(get_args(at)) if one is not Ellipsis), None)
+        if get_origin(at) is Annotated:
+            at = get_args(at)[0]
+        if get_origin(at) in (Union, UnionType):  # with None
+            at = next(one for one in get_args(at) if one is not NoneType)
+    return accepted, secret or at is SecretStr
 
 
 def is_loopback(address: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from headrace.backends.errors import DeadlineExceeded, HeadraceError
@@ -23,9 +24,8 @@ class Waiting:
 
     def __init__(self, call: Call, provider: str, clock: Callable[[], float]) -> None:
         limit = call.request.stopping.time_limit
+        self._call = call
         self._time_limit = math.inf if limit is None else call.arrived + limit
-        self._deadline = math.inf if call.deadline is None else call.deadline
-        self._end = min(self._time_limit, self._deadline)
         self._provider = provider
         self._clock = clock
 
@@ -33,17 +33,47 @@ class Waiting:
         """Starts something and waits for it. Raises DeadlineExceeded or TimeLimitPassed when the call's time is over,
         ``too_late()`` when it is ``when`` before that, and a BackendError for what goes wrong on the way.
         """
-        now = self._clock()
-        if now >= self._end:
+        if self._clock() >= self._end:
             raise self._call_is_late()
-        soonest = min(when, self._end)
         try:
-            async with asyncio.timeout(None if soonest == math.inf else soonest - now) as limit:
-                return await start()
+            async with asyncio.timeout(None) as limit:
+                with self._ending(limit, when):
+                    return await start()
         except failures.TRANSPORT_ERRORS as error:  # TimeoutError is one
             if not limit.expired():
                 raise failures.unreachable(self._provider, error)  # noqa: B904 -- it has its cause
         raise too_late() if when < self._end else self._call_is_late()
+
+    @contextmanager
+    def _ending(self, limit: asyncio.Timeout, when: float) -> Iterator[None]:
+        """Lets ``limit`` pass at the end of the call, or ``when`` it is before that. The end may move away meanwhile:
+        somebody else may come to read the call, who has more time.
+        """
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+
+        def look() -> None:
+            nonlocal timer
+            left = min(when, self._end) - self._clock()
+            if left <= 0.0:
+                limit.reschedule(loop.time())
+            elif left != math.inf:
+                timer = loop.call_later(left, look)
+
+        look()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    @property
+    def _deadline(self) -> float:
+        return math.inf if self._call.deadline is None else self._call.deadline
+
+    @property
+    def _end(self) -> float:
+        return min(self._time_limit, self._deadline)
 
     def _call_is_late(self) -> Exception:
         if self._time_limit < self._deadline:

@@ -60,7 +60,6 @@ REQUEST_OPTIONS = frozenset(
         "determinism.seed",
         "determinism.strict",
         "cache.prefix",
-        "cache.response",
     }
 )
 """Paths from the proto's GenerationSpec. What is missing is the server's alone: ``request_id``, ``idempotency_key``,

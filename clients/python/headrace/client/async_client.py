@@ -45,6 +45,7 @@ class AsyncClient:
         tls: True for the system's certificates, or a ``Tls``. Default: plain text.
         metadata: Further gRPC metadata for every call.
         channel_options: Further gRPC channel options; they win over the client's own.
+        max_retries: Times that such a call is tried again. 0: never.
         max_resumptions: Times in a row that a broken stream is resumed, with no event in between. 0: never.
     """
 
@@ -56,6 +57,7 @@ class AsyncClient:
         tls: channels.Tls | bool = False,
         metadata: channels.Metadata = (),
         channel_options: channels.ChannelOptions = (),
+        max_retries: int = MAX_RETRIES,
         max_resumptions: int = DEFAULT_MAX_RESUMPTIONS,
     ) -> None:
         self.address = address
@@ -67,6 +69,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, options)
         self._stubs = channels.Stubs(self._channel)
+        self._max_retries = max_retries
         self._max_resumptions = max_resumptions
 
     async def generate(
@@ -101,7 +104,7 @@ class AsyncClient:
             requests.spec(prompt, spec, options), resume_after_sequence, resumable=self._max_resumptions > 0
         )
         resumption = Resumption(request, max_resumptions=self._max_resumptions)
-        return AsyncStream(self._stubs, self._metadata, resumption, Retries(timeout))
+        return AsyncStream(self._stubs, self._metadata, resumption, self._retries(timeout))
 
     def generate_batch(
         self,
@@ -204,7 +207,7 @@ class AsyncClient:
         """
         request = accounting_pb2.WatchUsageRequest(after_sequence=after_sequence, tenant=tenant)
         resumption = WatchResumption(request, max_resumptions=self._max_resumptions)
-        return AsyncUsageWatch(self._stubs, self._metadata, resumption, Retries(timeout))
+        return AsyncUsageWatch(self._stubs, self._metadata, resumption, self._retries(timeout))
 
     async def get_receipt(
         self, request_id: str, *, tenant: str | None = None, timeout: float | None = None
@@ -240,7 +243,7 @@ class AsyncClient:
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Whether the server, or one of its services by full name, can serve."""
-        return convert.health(await self._unary(self._stubs.check_health, service, timeout, max_retries=0))
+        return convert.health(await self._unary(self._stubs.check_health, service, timeout, again=False))
 
     async def close(self) -> None:
         """Closes the connection and cancels what still runs over it."""
@@ -257,12 +260,16 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"AsyncClient({self.address!r})"
 
-    async def _unary(self, method: Any, request: Any, timeout: float | None, *, max_retries: int = MAX_RETRIES) -> Any:
-        response, _ = await self._answered(method, request, Retries(timeout, max_retries=max_retries))
+    def _retries(self, timeout: float | None) -> Retries:
+        return Retries(timeout, max_retries=self._max_retries)
+
+    async def _unary(self, method: Any, request: Any, timeout: float | None, *, again: bool = True) -> Any:
+        retries = self._retries(timeout) if again else Retries(timeout, max_retries=0)
+        response, _ = await self._answered(method, request, retries)
         return response
 
     async def _with_trailers(self, method: Any, request: Any, timeout: float | None) -> tuple[Any, Trailers]:
-        response, call = await self._answered(method, request, Retries(timeout))
+        response, call = await self._answered(method, request, self._retries(timeout))
         return response, Trailers.read(await call.trailing_metadata())
 
     async def _answered(self, method: Any, request: Any, retries: Retries) -> tuple[Any, Any]:

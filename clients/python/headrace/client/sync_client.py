@@ -44,6 +44,7 @@ class Client:
         tls: True for the system's certificates, or a ``Tls``. Default: plain text.
         metadata: Further gRPC metadata for every call.
         channel_options: Further gRPC channel options; they win over the client's own.
+        max_retries: Times that such a call is tried again. 0: never.
         max_resumptions: Times in a row that a broken stream is resumed, with no event in between. 0: never.
     """
 
@@ -55,6 +56,7 @@ class Client:
         tls: channels.Tls | bool = False,
         metadata: channels.Metadata = (),
         channel_options: channels.ChannelOptions = (),
+        max_retries: int = MAX_RETRIES,
         max_resumptions: int = DEFAULT_MAX_RESUMPTIONS,
     ) -> None:
         self.address = address
@@ -66,6 +68,7 @@ class Client:
         else:
             self._channel = grpc.secure_channel(address, credentials, options)
         self._stubs = channels.Stubs(self._channel)
+        self._max_retries = max_retries
         self._max_resumptions = max_resumptions
 
     def generate(
@@ -100,7 +103,7 @@ class Client:
             requests.spec(prompt, spec, options), resume_after_sequence, resumable=self._max_resumptions > 0
         )
         resumption = Resumption(request, max_resumptions=self._max_resumptions)
-        return Stream(self._stubs, self._metadata, resumption, Retries(timeout))
+        return Stream(self._stubs, self._metadata, resumption, self._retries(timeout))
 
     def generate_batch(
         self,
@@ -203,7 +206,7 @@ class Client:
         """
         request = accounting_pb2.WatchUsageRequest(after_sequence=after_sequence, tenant=tenant)
         resumption = WatchResumption(request, max_resumptions=self._max_resumptions)
-        return UsageWatch(self._stubs, self._metadata, resumption, Retries(timeout))
+        return UsageWatch(self._stubs, self._metadata, resumption, self._retries(timeout))
 
     def get_receipt(
         self, request_id: str, *, tenant: str | None = None, timeout: float | None = None
@@ -239,7 +242,7 @@ class Client:
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Whether the server, or one of its services by full name, can serve."""
-        return convert.health(self._unary(self._stubs.check_health, service, timeout, max_retries=0))
+        return convert.health(self._unary(self._stubs.check_health, service, timeout, again=False))
 
     def close(self) -> None:
         """Closes the connection and cancels what still runs over it."""
@@ -256,8 +259,11 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _unary(self, method: Any, request: Any, timeout: float | None, *, max_retries: int = MAX_RETRIES) -> Any:
-        retries = Retries(timeout, max_retries=max_retries)
+    def _retries(self, timeout: float | None) -> Retries:
+        return Retries(timeout, max_retries=self._max_retries)
+
+    def _unary(self, method: Any, request: Any, timeout: float | None, *, again: bool = True) -> Any:
+        retries = self._retries(timeout) if again else Retries(timeout, max_retries=0)
         while True:
             try:
                 return method(request, timeout=retries.timeout(), metadata=self._metadata)

@@ -17,12 +17,11 @@ from headrace.cli.bench.watch import Watch, watching
 from headrace.cli.connection import Connection
 from headrace.cli.errors import CliError
 from headrace.client import AsyncClient, CacheMode, Model
+from headrace.client.retries import MAX_RETRIES
 
 _MOST_WARM_UP: Final = 16
 # Clients of one address would share one connection.
 _OWN_CONNECTION: Final = ("grpc.use_local_subchannel_pool", 1)
-# A refusal that is tried again is a refusal that nobody counts.
-_NO_RETRIES: Final = ("grpc.enable_retries", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,9 @@ async def run(plan: Plan) -> Outcome:
     async with contextlib.AsyncExitStack() as stack:
         probe = await stack.enter_async_context(_client(plan.connection))
         clients = [
-            await stack.enter_async_context(_client(plan.connection, _NO_RETRIES)) for _ in range(plan.num_connections)
+            # A refusal that is tried again is a refusal that nobody counts.
+            await stack.enter_async_context(_client(plan.connection, max_retries=0))
+            for _ in range(plan.num_connections)
         ]
         # Finds out at once if there is no such server or model.
         outcome = Outcome(await probe.get_model(plan.model, timeout=plan.timeout))
@@ -143,13 +144,14 @@ def _check_lengths(plan: Plan, model: Model) -> None:
         )
 
 
-def _client(connection: Connection, *options: tuple[str, Any]) -> AsyncClient:
+def _client(connection: Connection, *, max_retries: int = MAX_RETRIES) -> AsyncClient:
     return AsyncClient(
         connection.address,
         api_key=connection.api_key,
         tls=connection.tls,
-        channel_options=(_OWN_CONNECTION, *options),
+        channel_options=(_OWN_CONNECTION,),
         max_resumptions=0,  # a stream that breaks is a failure here
+        max_retries=max_retries,
     )
 
 

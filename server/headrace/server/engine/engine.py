@@ -96,7 +96,6 @@ ENGINE_OPTIONS = frozenset(
         "candidates.token_ids.ids",
         "response.tokens",
         # There is nothing to use or to bypass yet, so every choice is honoured.
-        "cache.response",
     }
 )
 """The request fields that every step-wise model honours, because the engine does."""

@@ -153,6 +153,8 @@ class Idempotency:
             raise _too_large() from None
         finally:
             call.model = call.model or run.call.model
+            if call is not run.call:
+                call.run = None
             self._leave(run, reader)
 
     def _enter(self, call: Call, run: _Run, reader: Reader) -> None:
@@ -161,10 +163,9 @@ class Idempotency:
         if run.expiry is not None:
             run.expiry.cancel()
         # It is wanted as long as anybody wants it.
-        if call.deadline is None or run.call.deadline is None:
-            run.call.deadline = None
-        else:
-            run.call.deadline = max(call.deadline, run.call.deadline)
+        run.call.extend(call.deadline)
+        if call is not run.call:
+            call.run = run.call
 
     def _leave(self, run: _Run, reader: Reader) -> None:
         run.broadcast.leave(reader)

@@ -114,6 +114,7 @@ class ResponseCache:
             return
         flight_key = flight_key_of(call.request, call.targets, key) if _may_be_shared(call) else None
         for tries in range(MAX_TRIES):
+            call.enter(target)  # what it has joined in vain has been elsewhere, perhaps
             flight, is_first = self._join(call, flight_key, inner)
             call.meter.cache = CacheStatus.MISS if is_first else CacheStatus.HIT
             try:
@@ -149,10 +150,8 @@ class ResponseCache:
         flight.broadcast.readers.add(reader)
         # What a reader gets at once is noted at once, too; and it is wanted as long as anybody wants it.
         run.is_streamed = run.is_streamed or call.is_streamed
-        if call.deadline is None or run.deadline is None:
-            run.deadline = None
-        else:
-            run.deadline = max(call.deadline, run.deadline)
+        run.extend(call.deadline)
+        call.run = run
         try:
             while (event := await flight.broadcast.next(reader)) is not None:
                 _follow(call, run)
@@ -164,6 +163,7 @@ class ResponseCache:
             yield StreamEnd()
         finally:
             _follow(call, run)
+            call.run = None
             await self._leave(flight, reader)
 
     async def _leave(self, flight: _Flight, reader: Reader) -> None:

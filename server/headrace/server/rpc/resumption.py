@@ -167,6 +167,7 @@ class ResumableStreams:
         """
         # Who reads says how long; nobody else would know when to stop waiting.
         stream.call.deadline = rpc.deadline
+        stream.call.extend(rpc.deadline)  # and whatever runs for it
         stream.reader = reader = object()
         stream.notify()
         if stream.expiry is not None:

@@ -70,7 +70,9 @@ class AnthropicReader:
         match data["type"]:
             case "message_start":
                 self.reported_version = data["message"].get("model")
-                self._count(data["message"].get("usage"))
+                # Its output is a 1 that stands for nothing yet: an error may follow before there is any.
+                if (usage := data["message"].get("usage")) is not None:
+                    self._count({**usage, "output_tokens": None})
             case "content_block_start":
                 yield from self._begin_block(data["index"], data["content_block"])
             case "content_block_delta":
