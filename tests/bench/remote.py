@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=500, help="for the memory (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=7, help="of the two rates (default: %(default)s)")
     parser.add_argument("--ledger", default="auto", help="as the setting (default: %(default)s)")
-    parser.add_argument("--server-core", type=int, default=0)
+    parser.add_argument("--server-core", default="0", help="one, or more as taskset takes them (default: %(default)s)")
     parser.add_argument("--load-core", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
     arguments = parser.parse_args()

@@ -60,11 +60,34 @@ def test_a_model_has_the_name_there_that_it_has_here_unless_told_otherwise():
                 "is 'sampling.temperature' meant?"
             ),
         ),
+        (
+            {"models": {"m": {"context_length": 9, "without": ["sampling.seed"]}}},
+            "'sampling.seed' is no option of dialect 'openai-compatible'; there is chat.messages.content.text, ",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_their_path(options: Mapping[str, Any], problem: str):
     with pytest.raises(BackendError, match=re.escape(problem)):
         backend({"far": provider("http://far") | options})
+
+
+def test_without_its_http_client_the_start_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("headrace.backends.remote.plugin.find_spec", lambda _: None)
+    with pytest.raises(BackendError, match=r"need aiohttp: pip install 'headrace\[serve,remote\]'"):
+        backend({"far": provider("http://far")})
+    assert backend({}).list_models() == []  # who has none of its models needs nothing
+
+
+def test_what_is_dumped_of_the_settings_has_no_password_and_no_header_s_value():
+    options = ProviderOptions(
+        dialect="openai", proxy="http://me:SECRET@proxy.internal:3128", headers={"X-Gateway-Key": "SECRET"}
+    )
+    for mode in ("python", "json"):
+        dumped = options.model_dump(mode=mode, exclude_unset=True)
+        assert dumped["proxy"] == "http://me:***@proxy.internal:3128"
+        assert dumped["headers"] == {"X-Gateway-Key": "***"}
+    assert options.headers == {"X-Gateway-Key": "SECRET"}
+    assert "SECRET" not in repr(options)
 
 
 def test_two_models_of_one_name_are_refused():
@@ -81,9 +104,11 @@ def test_two_models_of_one_name_are_refused():
         ("base_url", "http://far.example/v1?key=1"),
         ("base_url", "http://far.example/ v1"),
         ("base_url", "http://far.example:99999"),
+        ("base_url", "http://me:SECRET@far.example"),
         ("proxy", "socks5://far.example"),
         ("api_key", "SECRET"),
         ("api_key", "env:"),
+        ("api_key", "env:sk-SECRET"),
         ("tenant_api_keys", {"a": "SECRET"}),
         ("headers", {"a b": "c"}),
         ("headers", {"a": "c\r\nd: e"}),

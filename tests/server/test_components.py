@@ -207,7 +207,7 @@ def test_wrong_tables_stop_the_start_with_their_name(plugins: dict[str, Any]) ->
         "middleware.x: no such middleware; there is suffix, second, watcher"
     )
     assert refused(plugins=("scripted",), usage_sinks={"x": {}}) == "usage_sinks.x: no such usage_sink; there is none"
-    assert refused(**plugins, authenticators={"keys": {}}) == "authenticators.keys.tenants: Field required, got {}"
+    assert refused(**plugins, authenticators={"keys": {}}) == "authenticators.keys.tenants: must be set"
     assert "middleware.suffix.sufix: no such setting; there is suffix, fails" in refused(
         **plugins, middleware={"suffix": {"sufix": "x"}}
     )
@@ -332,7 +332,7 @@ def test_prices_that_cannot_be_are_refused_by_name() -> None:
             {"models": {"m": {"input": -1, "output": 1}}},
             "price_sources.table.models.m.0.input: Input should be greater",
         ),
-        ({"models": {"m": {"input": 1}}}, "price_sources.table.models.m.0.output: Field required"),
+        ({"models": {"m": {"input": 1}}}, "price_sources.table.models.m.0.output: must be set"),
     ):
         tables = {"table": PRICES | change}
         assert problem in refused(plugins=("scripted", "price_table"), price_sources=tables)

@@ -159,7 +159,6 @@ def test_what_a_secret_setting_holds_is_not_quoted(tmp_path: Path) -> None:
     [
         'api_key = "sk-hunter2"',
         'api_key = "env:sk-hunter2"',
-        'api_key = "file:sk-hunter2"',
         'tenant_api_keys = { acme = "sk-hunter2" }',
         'headers = { "X Key" = "hunter2" }',
         'base_url = "http://me:hunter2@gateway/v1?x=1"',

@@ -216,6 +216,24 @@ async def test_too_large_a_value_in_redis_is_refused_before_it_is_unpacked(
     assert await redis_store.get(KEY) is None
 
 
+@pytest.mark.parametrize("changes", [{"input_tokens": -1}, {"output_tokens": 2**40}, {"cache_read_input_tokens": -5}])
+def test_counts_of_usage_that_nobody_can_have_are_refused(changes: dict[str, int]) -> None:
+    """A share of what they cost may be charged: it must not be less than nothing."""
+    answer = stored()
+    assert from_bytes(to_bytes(answer), max_bytes=10**6) == answer
+    strange = replace(answer, usage=replace(answer.usage, **changes))
+    assert from_bytes(to_bytes(strange), max_bytes=10**6) is None
+
+
+async def test_an_answer_that_json_cannot_hold_is_not_stored_and_fails_nobody(redis_store: RedisStore) -> None:
+    """Such as one of a plugin's with half a character in it."""
+    with capture_logs() as logs:
+        await redis_store.put(KEY, stored("\ud83d"), seconds=60)
+    assert [entry["event"] for entry in logs] == ["answer_not_stored"]
+    assert redis_store.num_failures == 1
+    assert await redis_store.get(KEY) is None
+
+
 def test_unpacking_stops_at_its_limit() -> None:
     data = to_bytes(stored("x" * 10**5))
     assert from_bytes(data, max_bytes=10**6) == stored("x" * 10**5)

@@ -164,6 +164,8 @@ async def test_the_log_says_where_a_call_went_on_after_an_error(start: START, lo
         ("assistant", "a", "BackendUnavailable"),
         ("assistant", "a", "RuntimeError"),
     ]
+    assert lines[0]["reason"]
+    assert lines[1]["reason"] is None
     assert lines[0]["retry_in"] > 0
     assert lines[1]["retry_in"] is None
     assert isinstance(lines[1]["exc_info"], RuntimeError)  # nobody else would hear of it
@@ -225,6 +227,23 @@ async def test_a_budget_clamps_whatever_target_answers(start: START) -> None:
         await served.generation.Generate(made, metadata=ACME)
         [call] = served.app.registry.find("b").model.calls  # type: ignore[union-attr]
         assert call.max_new_tokens == 2
+
+
+async def test_what_ends_at_the_limit_of_its_model_was_not_ended_by_the_budget(start: START) -> None:
+    """Which would have given that model more, and another one less than it has room for."""
+    near = {"script": ["BackendError"], "max_output_tokens": 400}
+    far = {"kind": "call", "answer": "hello there", "context_length": 10}
+    plans = {"plans": {"p": {"monthly_money": "0.0045"}}, "default_plan": "p", "default_max_new_tokens": 400}
+    backends = {"scripted": {"models": {"far": far}}}
+    routes = {"assistant": {"targets": [{"model": "a"}, {"model": "far"}]}}
+    async with start({"a": near | {"context_length": 1000}}, routes, backends=backends, **plans) as served:
+        made = asked(budget_policy=pb.BUDGET_POLICY_CLAMP)
+        made.spec.ClearField("stopping")
+        answer = await served.generation.Generate(made, metadata=ACME)
+        assert answer.report.model == "far"
+        assert answer.choices[0].finish.reason == pb.FINISH_REASON_MAX_TOKENS
+        [call] = served.app.registry.find("a").model.calls  # type: ignore[union-attr]
+        assert [target.max_new_tokens for target in call.targets] == [5, 4]
 
 
 async def test_a_call_that_is_cancelled_while_it_waits_for_its_next_try_holds_nothing(start: START) -> None:
@@ -347,6 +366,22 @@ async def test_an_estimate_is_that_of_the_dearest_target_and_a_scoring_goes_to_w
         score = scoring_pb2.ScoreRequest(text="hello", model="assistant")
         scored = await served.scoring.Score(score, metadata=ACME)
         assert (scored.report.model, len(scored.scores)) == ("local", 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"), [(["b", "a"], 6 * 3_000 + 8 * 5_000), (["a", "b"], 6 * 300_000 + 8 * 500_000)]
+)
+async def test_an_estimate_begins_at_the_cheapest_target_and_expects_the_first(
+    start: START, targets: list[str], expected: int
+) -> None:
+    routes = {"assistant": {"targets": [{"model": name} for name in targets]}}
+    async with start({"a": [], "b": []}, routes) as served:
+        usage = accounting_pb2_grpc.UsageServiceStub(served.channel)
+        estimate = await usage.EstimateCost(accounting_pb2.EstimateCostRequest(spec=asked().spec), metadata=ACME)
+        cost = estimate.cost
+        assert cost.price_id == f"test/{targets[0]}"
+        assert (cost.minimum_nanos, cost.expected_nanos) == (6 * 3_000 + 5_000, expected)
+        assert cost.maximum_nanos == 6 * 300_000 + 8 * 500_000
 
 
 async def test_weights_share_calls_out(start: START) -> None:

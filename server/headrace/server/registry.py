@@ -141,7 +141,8 @@ class ModelRegistry:
                 await self._load_one(served, backend, (draft_models or {}).get(card.name))
             except Exception as error:  # noqa: BLE001  # a plugin may raise anything
                 served.state = ModelState.FAILED
-                self._log.error("model_failed", model=card.name, backend=backend.name, exc_info=error)
+                reason = f"{type(error).__name__}: {error}"
+                self._log.error("model_failed", model=card.name, backend=backend.name, reason=reason, exc_info=error)
             else:
                 seconds = round(self._clock() - began, 2)
                 self._log.info(

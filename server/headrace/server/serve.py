@@ -195,13 +195,12 @@ def _announce(app: App, server: RunningServer, metrics: Metrics) -> None:
 
 
 async def _watch(app: App, server: RunningServer) -> None:
-    """Asks the models how they are, and tells health checks and the log what has changed."""
+    """Asks the models how they are, and tells health checks and the log what is wrong, and what has changed."""
     log = structlog.get_logger("headrace.models")
-    seen = dict(_problems(app))
+    seen: dict[str, str | None] = {}
     while True:
-        await asyncio.sleep(_WATCH_SECONDS)
         for name, problem in _problems(app):
-            if problem == seen[name]:
+            if problem == seen.get(name):
                 continue
             seen[name] = problem
             server.health.set_model_serving(name, problem is None)
@@ -210,6 +209,7 @@ async def _watch(app: App, server: RunningServer) -> None:
                 log.info("model_recovered", model=name)
             else:
                 log.warning("model_unhealthy", model=name, problem=problem)
+        await asyncio.sleep(_WATCH_SECONDS)
 
 
 def _problems(app: App) -> Iterator[tuple[str, str | None]]:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 _HEADER_NAME = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class CancelPolicy(enum.StrEnum):
@@ -33,18 +34,42 @@ class CancelPolicy(enum.StrEnum):
     """It is read on for a while, for its usage."""
 
 
-def _check_url(value: str) -> str:
+def _is_url(value: str) -> bool:
     try:
         parts = urlsplit(value)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
     except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment or not value.isascii() or " " in value or not value.isprintable():
-        raise ValueError("must be a URL such as https://api.example.com/v1, without query and fragment")
+        return False
+    plain = value.isascii() and " " not in value and value.isprintable()
+    return bool(valid) and plain and not parts.query and not parts.fragment
+
+
+def _check_base_url(value: str) -> str:
+    if not _is_url(value) or "@" in urlsplit(value).netloc:
+        raise ValueError("must be a URL such as https://api.example.com/v1, without password, query and fragment")
     return value
 
 
-Url = Annotated[str, AfterValidator(_check_url)]
+def _check_proxy(value: str) -> str:
+    if not _is_url(value):
+        raise ValueError("must be the URL of an HTTP proxy, such as http://user:password@proxy.internal:3128")
+    return value
+
+
+def _mask_password(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return parts._replace(netloc=f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}").geturl()
+
+
+def _mask_values(headers: dict[str, str]) -> dict[str, str]:
+    return dict.fromkeys(headers, "***")
+
+
+BaseUrl = Annotated[str, AfterValidator(_check_base_url)]
+ProxyUrl = Annotated[str, AfterValidator(_check_proxy), PlainSerializer(_mask_password)]
+"""What is dumped of it has no password: dumps are for people."""
 
 
 def _check_headers(value: dict[str, str]) -> dict[str, str]:
@@ -54,9 +79,12 @@ def _check_headers(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+Headers = Annotated[dict[str, str], AfterValidator(_check_headers), PlainSerializer(_mask_values)]
+
+
 def _check_source(value: str) -> str:
     kind, colon, name = value.partition(":")
-    if not colon or kind not in ("env", "file") or not name:
+    if not colon or not name or kind not in ("env", "file") or (kind == "env" and not _VARIABLE.fullmatch(name)):
         raise ValueError("must be env:VARIABLE or file:PATH; keys themselves do not belong into settings")
     return value
 
@@ -89,19 +117,21 @@ class RemoteModelOptions(BaseModel):
 
 
 class ProviderOptions(BaseModel):
-    """``[backends.remote.providers.NAME]``."""
+    """``[backends.remote.providers.NAME]``. What may hold a key, rightly or by mistake, is not in its ``repr``, and
+    so not quoted when it is refused.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     dialect: str
     """What its API looks like: see docs/remote.md."""
-    base_url: Url | None = None
+    base_url: BaseUrl | None = Field(None, repr=False)
     """Where its API is, such as "http://10.0.0.5:8000/v1"; by default the provider's own address."""
-    api_key: KeySource | None = None
+    api_key: KeySource | None = Field(None, repr=False)
     """Where its key is; none: it asks for none."""
-    tenant_api_keys: dict[str, KeySource] = Field(default_factory=dict)
+    tenant_api_keys: dict[str, KeySource] = Field(default_factory=dict, repr=False)
     """Keys of tenants who have their own."""
-    headers: Annotated[dict[str, str], AfterValidator(_check_headers)] = Field(default_factory=dict, repr=False)
+    headers: Headers = Field(default_factory=dict, repr=False)
     """Headers that every request to it has, such as "OpenAI-Organization"."""
     models: dict[str, RemoteModelOptions] = Field(default_factory=dict)
     """Its models, by the names that requests use."""
@@ -121,7 +151,7 @@ class ProviderOptions(BaseModel):
     """What becomes of a stream whose caller has gone: abort or drain."""
     drain_seconds: float = Field(10.0, gt=0)
     """Seconds that a stream is drained, at most."""
-    proxy: Url | None = Field(None, repr=False)
+    proxy: ProxyUrl | None = Field(None, repr=False)
     """URL of the proxy to it; none: none, whatever the environment says."""
     ca_file: Path | None = None
     """Authorities of its certificate, PEM; by default the usual ones."""

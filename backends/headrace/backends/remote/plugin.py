@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -51,18 +52,18 @@ class RemoteBackend:
                 _check_options(f"providers.{name}.models.{model}.without", model_options.without, provider.dialect)
                 named = model_options.model_copy(update={"model": model_options.model or model})
                 self._models[model] = provider, named
+        if self._models and find_spec("aiohttp") is None:
+            raise BackendError("remote models need aiohttp: pip install 'headrace[serve,remote]'")
 
     def list_models(self) -> Sequence[ModelCard]:
         return [_card(name, provider, options) for name, (provider, options) in self._models.items()]
 
     def load(self, name: str) -> WholeCallModel:
-        """Reads the authorities of certificates. Raises BackendError if that fails, or aiohttp is not installed."""
+        """Reads the authorities of certificates. Raises BackendError if that fails."""
         if name not in self._models:
             raise ModelNotFound(name, tuple(self._models))
-        try:
-            from headrace.backends.remote.model import RemoteModel
-        except ImportError as error:
-            raise BackendError("remote models need aiohttp: pip install 'headrace[remote]'") from error
+        from headrace.backends.remote.model import RemoteModel  # needs aiohttp, which not every server has
+
         provider, options = self._models[name]
         try:
             return RemoteModel(_card(name, provider, options), options, provider)
@@ -90,9 +91,9 @@ class RemoteBackend:
 def _check_options(setting: str, options: Iterable[str], dialect: Dialect) -> None:
     for option in options:
         if option not in dialect.options:
-            near = difflib.get_close_matches(option, dialect.options, n=1)
-            hint = f"; is {near[0]!r} meant?" if near else ""
-            raise BackendError(f"{setting}: {option!r} is no option of dialect {dialect.name!r}{hint}")
+            near = difflib.get_close_matches(option, dialect.options, n=1, cutoff=0.8)
+            hint = f"is {near[0]!r} meant?" if near else f"there is {', '.join(sorted(dialect.options))}"
+            raise BackendError(f"{setting}: {option!r} is no option of dialect {dialect.name!r}; {hint}")
 
 
 def _card(name: str, provider: Provider, options: RemoteModelOptions) -> ModelCard:

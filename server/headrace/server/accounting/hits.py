@@ -33,7 +33,7 @@ from headrace.server.accounting.store import (
 
 T = TypeVar("T")
 
-GATHER_SECONDS = 0.01
+GATHER_SECONDS = 0.1
 """For which free hits wait for others to share a transaction with."""
 _RETRY_SECONDS = 0.5
 _AT_ONCE = 512

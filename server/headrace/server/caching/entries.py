@@ -17,6 +17,7 @@ from headrace.backends.types import (
     Usage,
 )
 from headrace.server.accounting.answers import Answer, AnswerEvent, decode, encode, size_of
+from headrace.server.accounting.records import POSTED_COUNTS
 
 _FORMAT = b"\x01"
 _TIME_BYTES = 8
@@ -56,7 +57,7 @@ class StoredAnswer:
 
 
 def to_bytes(answer: StoredAnswer) -> bytes:
-    """Takes some milliseconds for a long answer."""
+    """Takes some milliseconds for a long answer. Raises ValueError for what JSON cannot hold: events are a plugin's."""
     attempt = Attempt(answer.backend, usage=answer.usage, outcome=AttemptOutcome.COMPLETED)
     data = encode(Answer(events=answer.events, model=None, attempts=[attempt]))
     return _FORMAT + answer.made_at.to_bytes(_TIME_BYTES, "big") + data
@@ -73,6 +74,8 @@ def from_bytes(data: bytes, *, max_bytes: int) -> StoredAnswer | None:
     if answer is None or len(answer.attempts) != 1:
         return None
     (attempt,) = answer.attempts
+    if not _are_counts(getattr(attempt.usage, name) or 0 for name in POSTED_COUNTS):
+        return None  # a share of what it cost may be charged for it
     made_at = int.from_bytes(data[len(_FORMAT) : start], "big")
     return StoredAnswer(events=answer.events, backend=attempt.backend, usage=attempt.usage, made_at=made_at)
 

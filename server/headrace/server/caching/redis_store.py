@@ -89,7 +89,12 @@ class RedisStore:
         if answer.size > self._max_answer_bytes:
             return
         is_small = answer.size <= _SMALL_BYTES
-        data = to_bytes(answer) if is_small else await asyncio.to_thread(to_bytes, answer)
+        try:
+            data = to_bytes(answer) if is_small else await asyncio.to_thread(to_bytes, answer)
+        except ValueError as error:
+            self.num_failures += 1
+            logger.warning("answer_not_stored", backend=answer.backend, error_type=type(error).__name__)
+            return
         milliseconds = max(1, round(seconds * 1000))
         await self._try(lambda: self._client.set(_PREFIX + key.hex().encode(), data, px=milliseconds))
 

@@ -105,7 +105,7 @@ class _Book:
 
     def __init__(self, call: Call, ledger: Ledger, hold: Hold, rates: Rates) -> None:
         self._call, self._ledger, self._hold, self._rates = call, ledger, hold, rates
-        self._is_clamped = _clamp(call, hold.worst_case.max_new_tokens)
+        self._clamped = _clamp(call, hold.worst_case.max_new_tokens)
         call.meter.warnings = tuple(account.subject for account in hold.soft_limits_exceeded)
 
     def noted(self, event: Event) -> Event:
@@ -113,7 +113,12 @@ class _Book:
         if isinstance(event, Delta):
             if self._call.is_streamed:
                 self._note()
-        elif self._is_clamped and isinstance(event, ChoiceFinish) and event.reason is FinishReason.MAX_TOKENS:
+        elif (
+            self._clamped
+            and isinstance(event, ChoiceFinish)
+            and event.reason is FinishReason.MAX_TOKENS
+            and _model_name(self._call) in self._clamped
+        ):
             return replace(event, reason=FinishReason.BUDGET)
         return event
 
@@ -149,13 +154,14 @@ class _Book:
             self._ledger.note(self._hold, usage, charge, self._rates.price_of(attempts), attempts[-1].backend)
 
 
-def _clamp(call: Call, most: int) -> bool:
-    """Lets no target have more than ``most`` new tokens. Returns whether one wanted more."""
-    if all(target.max_new_tokens <= most for target in call.targets):
-        return False
+def _clamp(call: Call, most: int) -> frozenset[str]:
+    """Lets no target have more than ``most`` new tokens. Returns the models of those that could have had more."""
+    clamped = frozenset(target.model.card.name for target in call.targets if target.max_new_tokens > most)
+    if not clamped:
+        return clamped
     call.targets = tuple(replace(target, max_new_tokens=min(target.max_new_tokens, most)) for target in call.targets)
     call.max_new_tokens = min(call.max_new_tokens, most)
-    return True
+    return clamped
 
 
 def _model_name(call: Call) -> str:

@@ -13,7 +13,7 @@ from itertools import count
 
 import structlog
 
-from headrace.backends.errors import HeadraceError
+from headrace.backends.errors import BackendError, HeadraceError, ProviderLimited
 from headrace.backends.types import Attempt, AttemptOutcome, Call, Events, Handler, Meter
 from headrace.server.routing.breaker import Breaker, Trial
 from headrace.server.routing.choice import cooling_down
@@ -109,11 +109,14 @@ def attempt(
 
     def tell(call: Call, name: str, error: Exception, *, wait: float | None = None) -> None:
         """What would not be heard of if the next try succeeds."""
+        why = error if isinstance(error, (BackendError, ProviderLimited)) else None
         log.warning(
             "attempt_failed",
             route=call.route,
             model=name,
             error_type=type(error).__name__,
+            reason=why and str(why),
+            cause=why and why.__cause__ and str(why.__cause__),
             retry_in=None if wait is None else round(wait, 3),
             exc_info=None if isinstance(error, HeadraceError) else error,
         )

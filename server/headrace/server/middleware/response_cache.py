@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from headrace.backends.errors import BackendUnavailable, UnsupportedOption
+from headrace.backends.merging import merged
 from headrace.backends.types import CacheStatus, Call, Cost, Events, Handler, StreamEnd, Target, Usage
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.charges import charge_nanos
@@ -108,7 +109,8 @@ class ResponseCache:
             call.meter.cache = CacheStatus.HIT
             call.enter(target)
             await self._post(call, answer.backend, answer.usage)
-            for stored in answer.events:
+            # Of a whole answer nobody sees the parts.
+            for stored in answer.events if call.is_streamed else merged(answer.events):
                 yield stored
             yield StreamEnd()
             return

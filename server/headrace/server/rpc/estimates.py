@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headrace.backends.components import Price
 from headrace.backends.errors import BudgetHeld, BudgetSpent
-from headrace.backends.types import Call, Events, StreamEnd, Usage
+from headrace.backends.types import Call, Events, StreamEnd, Target, Usage
 from headrace.server.accounting import queries
 from headrace.server.accounting.accounts import Terms
 from headrace.server.accounting.admission import Balance, admit
@@ -55,7 +55,8 @@ class Estimates:
     async def _estimate(self, call: Call) -> pb.EstimateCostResponse:
         assert call.model is not None
         accounting = self.application.accounting
-        worst_case = worst_case_of(call, rates_of(call, accounting))
+        rates = rates_of(call, accounting)
+        worst_case = worst_case_of(call, rates)
         counted = all(target.model.tokenizer is not None for target in call.targets)
         cached = self.application.num_known_tokens(call)
         least_output = call.request.n * max(1, call.request.stopping.min_new_tokens)
@@ -88,16 +89,21 @@ class Estimates:
         if not counted:
             message.estimated = True
         if worst_case.price is not None:
-            least_input = worst_case.input_tokens if counted else 0
-            likely_input = worst_case.input_tokens if counted else worst_case.input_tokens // _BYTES_PER_TOKEN
+            first = call.targets[0]
+            price = rates.charged.get(first.model.card.name)
+            likely_input = _num_input_tokens(first) or worst_case.input_tokens // _BYTES_PER_TOKEN
             message.cost.CopyFrom(
                 pb.CostRange(
                     currency=worst_case.price.currency,
-                    price_id=worst_case.price.id,
+                    price_id=(price or worst_case.price).id,
                     minimum_nanos=min(
-                        _nanos(least_input, share, least_output, worst_case.price) for share in (0, cached)
+                        _nanos(
+                            _num_input_tokens(target), share, least_output, rates.charged.get(target.model.card.name)
+                        )
+                        for target in call.targets
+                        for share in ((0, cached) if target is first else (0,))
                     ),
-                    expected_nanos=_nanos(likely_input, cached, expected_output, worst_case.price),
+                    expected_nanos=_nanos(likely_input, cached, expected_output, price),
                     maximum_nanos=worst_case.nanos,
                 )
             )
@@ -132,6 +138,14 @@ class Estimates:
         return True
 
 
-def _nanos(input_tokens: int, cached: int, output_tokens: int, price: Price) -> int:
+def _num_input_tokens(target: Target) -> int:
+    """0: nobody can count them."""
+    return 0 if target.model.tokenizer is None else target.num_input_tokens
+
+
+def _nanos(input_tokens: int, cached: int, output_tokens: int, price: Price | None) -> int:
+    """Of a model that nobody has a price for: nothing."""
+    if price is None:
+        return 0
     usage = Usage(input_tokens=input_tokens, cache_read_input_tokens=cached, output_tokens=output_tokens)
     return charge_nanos(usage, price)
