@@ -1,7 +1,7 @@
 """A model on disk, ready to serve: a folder ``<models_dir>/<name>/``.
 
     manifest.json         what the model is, and the SHA-256 of every other file
-    model.onnx            the graph, without weights
+    model.onnx            the graph, without weights; ours, or one that Optimum exported (``Manifest.graph``)
     fused.onnx            the same for the compiled operators of headrace-kernels, where they can compute it
     top.onnx              the graph of ``top``
     weights.bin           the weights; every tensor starts at a page, so that it can be mapped
@@ -50,6 +50,10 @@ _MAX_MANIFEST_BYTES = 1 << 20
 
 Quantization = Literal["int8", "int4", "w8a8", "fp32"]
 """How weights are stored and multiplied: ``formulations.FORMULATIONS``."""
+ExportQuantization = Literal["int8", "int8_dynamic", "fp32"]
+"""The same of graphs that Optimum exported; int8_dynamic is ONNX Runtime's own quantiser."""
+Graph = Literal["packed", "exported"]
+"""What ``model.onnx`` is: a packed graph of ours (``graph``), or a dense one that Optimum exported (``exported``)."""
 Operators = Literal["stock", "compiled", "compiled_int8"]
 """What a bundle can run on: ONNX Runtime's own operators, the compiled ones, and those with a cache of int8."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -102,7 +106,8 @@ class Manifest(BaseModel):
     architecture: str
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     """``bundle_digest`` of the files."""
-    quantization: Quantization
+    quantization: Quantization | ExportQuantization
+    graph: Graph = "packed"
     context_length: Count
     vocabulary_size: Count
     num_layers: Count
@@ -142,6 +147,8 @@ class Manifest(BaseModel):
         names = frozenset(self.files)
         if not _REQUIRED_FILES <= names <= _REQUIRED_FILES | _OPTIONAL_FILES:
             raise ValueError(f"files must be {sorted(_REQUIRED_FILES)} and may be {sorted(_OPTIONAL_FILES)}")
+        if self.graph == "exported" and FUSED in names:
+            raise ValueError(f"an exported graph has no {FUSED}")
         if self.digest != bundle_digest(self.files):
             raise ValueError("digest does not match the files' digests")
         if self.add_bos_token and self.bos_token_id is None:

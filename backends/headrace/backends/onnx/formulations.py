@@ -250,7 +250,7 @@ def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str, block
     )
     if padded_width == width:
         return found
-    start, end, axis = (graph.integers(f"{output}.{k}", [v]) for k, v in (("start", 0), ("end", width), ("axis", 1)))
+    start, end, axis = (graph.integers(f"{output}.{k}", [v]) for k, v in (("start", 0), ("end", width), ("axis", -1)))
     return graph.node("Slice", [found, start, end, axis], output)
 
 

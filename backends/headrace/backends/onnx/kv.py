@@ -100,6 +100,10 @@ class KvMemory:
         address: int = self._cells[layer, part, slot].ctypes.data
         return address
 
+    def cells(self, slot: int) -> NDArray[Any]:
+        """What a slot holds: a view [layers, 2, kv heads, capacity, head size]."""
+        return self._cells[:, :, slot]
+
     def reserve(self, slot: int, num_tokens: int) -> None:
         if self._reserved[slot]:
             raise RuntimeError(f"slot {slot} is reserved twice. This is a bug.")

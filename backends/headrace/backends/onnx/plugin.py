@@ -66,6 +66,7 @@ class OnnxBackend:
 
     def load(self, name: str) -> StepModel:
         # onnxruntime is loaded with the first model: listing bundles does not need it.
+        from headrace.backends.onnx.exported.model import ExportedModel
         from headrace.backends.onnx.model import OnnxModel
         from headrace.backends.tokenizer import HuggingFaceTokenizer
 
@@ -77,6 +78,23 @@ class OnnxBackend:
             tokenizer = HuggingFaceTokenizer.from_bundle(self._models_dir / name, manifest)
         except (OSError, ValueError) as error:
             raise BackendError(f"model {name!r}: its tokenizer cannot be read") from error
+        operators = compiled_operators() if options.compiled_operators else None
+        if manifest.graph == "exported":
+            if options.kv_cache_dtype == "int8":
+                raise BackendError(
+                    f'model {name!r}: kv_cache_dtype = "int8" needs a packed graph, and this one was exported: leave '
+                    'kv_cache_dtype at "auto"'
+                )
+            return ExportedModel(
+                self._models_dir / name,
+                manifest,
+                tokenizer,
+                threads=options.threads,
+                num_slots=options.max_running,
+                num_kv_bytes=int(options.kv_cache),
+                spinning=options.spinning,
+                has_compiled_top=operators is not None,
+            )
         return OnnxModel(
             self._models_dir / name,
             manifest,
@@ -86,7 +104,7 @@ class OnnxBackend:
             num_spare_slots=options.max_retained,
             num_kv_bytes=int(options.kv_cache),
             spinning=options.spinning,
-            operators=compiled_operators() if options.compiled_operators else None,
+            operators=operators,
             int8_cache=options.kv_cache_dtype == "int8",
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -81,6 +82,14 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Adds a node of another graph."""
+        self._nodes.append(node)
+
+    def keep(self, tensor: TensorProto) -> None:
+        """Uses a tensor of another graph, kept in this one."""
+        self._initializers[tensor.name] = tensor
+
     def stored(self, names: Sequence[str], make: Callable[[], Sequence[NDArray[Any]]]) -> Sequence[str]:
         """Uses tensors of the weight file (``WeightFile.store``). Returns their names."""
         self._initializers |= zip(names, self._weights.store(names, make), strict=True)
@@ -101,15 +110,36 @@ class GraphBuilder:
         self._initializers[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
         return name
 
-    def model(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
-        """The finished model."""
+    def names_used(self) -> set[str]:
+        """Of what the nodes read: tensors and other nodes' outputs."""
+        return {name for node in self._nodes for name in _names_used(node)}
+
+    def model(
+        self,
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+        *,
+        versions: Mapping[str, int] = MappingProxyType({}),
+    ) -> onnx.ModelProto:
+        """The finished model. ``versions`` are of the sets of operators that copied nodes were written for."""
         # A tensor may have been asked for only to be viewed in another shape.
-        used = {name for node in self._nodes for name in node.input}
+        used = self.names_used()
         initializers = [tensor for name, tensor in self._initializers.items() if name in used]
         graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, initializers)
         domains = {"", *(node.domain for node in self._nodes)}
-        opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS.items() if domain in domains]
+        ours = {domain: version for domain, version in _OPSETS.items() if domain in domains}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in {**ours, **versions}.items()]
         model: onnx.ModelProto = helper.make_model(
             graph, ir_version=_IR_VERSION, opset_imports=opsets, producer_name="headrace"
         )
         return model
+
+
+def _names_used(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads: also what the graphs in it, the branches of an If, take from around them."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from _names_used(inner)
+            yield from (output.name for output in graph.output)
