@@ -12,7 +12,7 @@ from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
 from headrace.backends.scripted import ScriptedBackend, ScriptedOptions
 from headrace.backends.testing import BackendConformance
 from headrace.server.engine.testing import run_in_engine
-from tests.onnx import tiny
+from tests.onnx import exports, tiny
 
 NOT_THERE = BackendContext(models_dir=Path("models"))
 
@@ -65,6 +65,29 @@ class TestOnnxW8A8(OnnxConformance):
 
 class TestOnnxFloat32(OnnxConformance):
     quantization = "fp32"
+
+
+class ExportConformance(BackendConformance):
+    """Bundles of a tiny random model that Optimum exported."""
+
+    engine = staticmethod(run_in_engine)
+    architecture, quantization = "", ""
+    long_answer_tokens = 100
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp(cls.architecture)
+        exports.add(exports.unpack(cls.architecture, folder), folder, quantization=cls.quantization)
+        return exports.backend(folder)
+
+
+class TestExportWithPositions(ExportConformance):
+    architecture, quantization = "gpt2", "int8"
+
+
+class TestExportWithoutPositions(ExportConformance):
+    architecture, quantization = "mpt", "fp32"
 
 
 class TestTheDefaultModel(BackendConformance):

@@ -9,16 +9,19 @@ import click
 from headrace.cli.connection import Connection, connect, connection_options
 from headrace.cli.models_build import build
 from headrace.cli.models_evaluate import evaluate
+from headrace.cli.models_export import add, export
 from headrace.cli.output import short_count, shown_money, write_json, write_table
 from headrace.client import MeasuredSpeed, Model, RouteTarget
 
 
 @click.group()
 def models() -> None:
-    """List and show the models of a server; build models for one, and evaluate them."""
+    """List and show the models of a server; build, export and add models for one, and evaluate them."""
 
 
 models.add_command(build)
+models.add_command(export)
+models.add_command(add)
 models.add_command(evaluate)
 
 

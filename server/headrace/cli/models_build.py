@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
@@ -14,7 +14,19 @@ from headrace.cli.lazy import needs_extras
 from headrace.cli.output import short_count, write_note
 from headrace.cli.progress import show_progress
 
+if TYPE_CHECKING:
+    from headrace.backends.onnx.bundle import Manifest
+
 Quantization = Literal["int8", "int4", "w8a8", "fp32"]
+
+
+models_dir_option = click.option(
+    "--models-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="HEADRACE_MODELS_DIR",
+    show_envvar=True,
+    help=f"Folder of the models.  [default: {default_models_dir()}]",
+)
 
 
 @click.command(short_help="Build a model that a server can serve.")
@@ -37,13 +49,7 @@ Quantization = Literal["int8", "int4", "w8a8", "fp32"]
     show_default=True,
     help="int8: nearly lossless. w8a8: fastest for many streams and long prompts, at some loss. fp32: the reference.",
 )
-@click.option(
-    "--models-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="HEADRACE_MODELS_DIR",
-    show_envvar=True,
-    help=f"Folder of the models.  [default: {default_models_dir()}]",
-)
+@models_dir_option
 @click.option("--if-missing", is_flag=True, help="Do nothing if the model is there.")
 def build(
     model: str | None,
@@ -131,9 +137,14 @@ def _build(source: _Catalogue | _Own, models_dir: Path, quantization: Quantizati
                 )
     except ModelFileError as error:
         raise CliError(str(error)) from error
+    say_what_was_built(manifest, models_dir)
+
+
+def say_what_was_built(manifest: Manifest, models_dir: Path) -> None:
+    """A line or two about a bundle."""
     click.echo(
         f"Built {manifest.name}: {short_count(manifest.parameter_count)} parameters, {manifest.quantization} weights, "
-        f"licence {manifest.license or 'unknown'}, in {models_dir / manifest.name}"
+        f"{manifest.graph} graph, licence {manifest.license or 'unknown'}, in {models_dir / manifest.name}"
     )
     if manifest.determinism is not None:
         found = manifest.determinism.classes.items()

@@ -3,8 +3,8 @@
     python tests/onnx/golden/make_exports.py
 
 makes a virtual environment of its own (PyTorch, transformers, Optimum), runs there, and replaces the archives in
-``exports/``: each is the folder that ``optimum-cli export onnx`` leaves, and ``expected.json``. Everything is seeded: the
-same versions give the same files.
+``exports/``, or those that are named: each is the folder that ``optimum-cli export onnx`` leaves, and
+``expected.json``. Everything is seeded: the same versions give the same files.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def write_checkpoint(name: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     kind, settings = MODELS[name]
-    num_tokens = write_tokenizer("llama-bpe" if kind in {"OPT", "Llama"} else "qwen2", folder)
+    num_tokens = write_tokenizer("qwen2" if kind == "Qwen2" else "llama-bpe", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     torch.manual_seed(0)

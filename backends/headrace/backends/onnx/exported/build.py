@@ -191,9 +191,7 @@ def _quantize_dynamic(reference: Path, writer: BundleWriter) -> None:
     )
 
 
-def _divergence(
-    bundles: Sequence[tuple[Path, Manifest]], *, progress: Callable[[float], None]
-) -> float:
+def _divergence(bundles: Sequence[tuple[Path, Manifest]], *, progress: Callable[[float], None]) -> float:
     """How far the second's predictions are from the first's, in nats."""
     with ExitStack() as stack:
         models = [stack.enter_context(_loaded(folder, manifest)) for folder, manifest in bundles]

@@ -1,11 +1,11 @@
 """What goes into an exported graph and comes out of it; anything else than a decoder with a dense past is refused.
 
-    input_ids                       int64 [B, S]
-    attention_mask                  int64 [B, past + S]
-    position_ids                    int64 [B, S], where the model has them
-    past_key_values.<layer>.key     float32 [B, kv heads, past, head size]; .value likewise
-    logits                          float32 [B, S, V]
-    present.<layer>.key             float32 [B, kv heads, past + S, head size]; .value likewise
+input_ids                       int64 [B, S]
+attention_mask                  int64 [B, past + S]
+position_ids                    int64 [B, S], where the model has them
+past_key_values.<layer>.key     float32 [B, kv heads, past, head size]; .value likewise
+logits                          float32 [B, S, V]
+present.<layer>.key             float32 [B, kv heads, past + S, head size]; .value likewise
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def read_interface(source: ExportSource) -> Interface:
         _check(source, inputs[name], TensorProto.INT64, [None, None])
     heads, head_size = _shape(inputs[pasts[0]])[1:4:2] if len(_shape(inputs[pasts[0]])) == 4 else (None, None)
     if heads is None or head_size is None:
-        raise source.unsupported(f"{pasts[0]!r} is {_shown(inputs[pasts[0]])} instead of [B, kv heads, past, head size]")
+        raise source.unsupported(
+            f"{pasts[0]!r} is {_shown(inputs[pasts[0]])} instead of [B, kv heads, past, head size]"
+        )
     for name in pasts:
         _check(source, inputs[name], TensorProto.FLOAT, [None, heads, None, head_size])
         present = name.replace("past_key_values", "present")

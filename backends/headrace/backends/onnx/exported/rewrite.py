@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -17,6 +18,7 @@ from headrace.backends.onnx.writer import GraphBuilder, WeightFile
 _SMALL_BYTES = 1024
 """Tensors up to this size stay in the graph: ONNX Runtime wants to see shapes and the like while it loads."""
 
+
 def rewrite(
     source: ExportSource,
     weights: WeightFile,
@@ -31,7 +33,9 @@ def rewrite(
     """
     model = source.graph
     if model.functions:
-        raise source.unsupported(f"function {model.functions[0].name!r}; export it with optimum-onnx, which writes none")
+        raise source.unsupported(
+            f"function {model.functions[0].name!r}; export it with optimum-onnx, which writes none"
+        )
     if model.graph.sparse_initializer:
         raise source.unsupported(f"sparse tensor {model.graph.sparse_initializer[0].values.name!r}")
     return _Rewriter(source, weights, num_logits, tied, progress).run(quantized=quantized)
@@ -39,19 +43,16 @@ def rewrite(
 
 def tied_heads(source: ExportSource) -> Mapping[str, str]:
     """The embedding of each matrix that is one turned over: exports hold both."""
-    tables = [
-        source.tensors[node.input[0]]
-        for node in source.graph.graph.node
-        if node.op_type == "Gather" and node.input[0] in source.tensors
-    ]
-    found = {}
-    for node in source.graph.graph.node:
-        head = source.tensors.get(node.input[1]) if node.op_type == "MatMul" else None
-        for table in tables if head is not None and len(head.dims) == 2 else ():
-            same_kind = table.data_type == head.data_type and list(table.dims) == [*reversed(head.dims)]
-            if same_kind and np.array_equal(source.read(table), source.read(head).T):
-                found[head.name] = table.name
-    return found
+    nodes, tensors = source.graph.graph.node, source.tensors
+    tables = [tensors[node.input[0]] for node in nodes if node.op_type == "Gather" and node.input[0] in tensors]
+    heads = [tensors[node.input[1]] for node in nodes if node.op_type == "MatMul" and node.input[1] in tensors]
+    return {head.name: table.name for head in heads for table in tables if _is_turned(source, head, table)}
+
+
+def _is_turned(source: ExportSource, head: TensorProto, table: TensorProto) -> bool:
+    if len(head.dims) != 2 or list(table.dims) != [*reversed(head.dims)] or table.data_type != head.data_type:
+        return False
+    return np.array_equal(source.read(table), source.read(head).T)
 
 
 class _Rewriter:
@@ -76,20 +77,20 @@ class _Rewriter:
                 self._graph.copy(node)
             self._progress(0.7 * i / len(nodes))
         for name, tensor in self._source.tensors.items():
-            if self._in_graph(tensor):
-                self._graph.keep(tensor)
+            if _is_small(tensor):
+                self._graph.keep(onnx.numpy_helper.from_array(self._source.read(tensor), name))
         used = self._graph.names_used()
-        rest = [name for name, tensor in self._source.tensors.items() if name in used and not self._in_graph(tensor)]
+        rest = [name for name, tensor in self._source.tensors.items() if name in used and not _is_small(tensor)]
         for i, name in enumerate(rest):
-            self._graph.stored([name], lambda name=name: [self._source.read(self._source.tensors[name])])
+            self._graph.stored([name], partial(self._as_it_is, name))
             self._progress(0.7 + 0.3 * i / len(rest))
         graph = self._source.graph
         inputs = [value for value in graph.graph.input if value.name not in self._source.tensors]
         versions = {opset.domain: opset.version for opset in graph.opset_import}
         return self._graph.model(inputs, graph.graph.output, versions=versions)
 
-    def _in_graph(self, tensor: TensorProto) -> bool:
-        return tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= _SMALL_BYTES
+    def _as_it_is(self, name: str) -> list[NDArray[np.generic]]:
+        return [self._source.read(self._source.tensors[name])]
 
     def _quantize(self, node: onnx.NodeProto) -> bool:
         """Puts an operator on int8 in a node's place, if it can have one."""
@@ -139,6 +140,12 @@ def _read(source: ExportSource, tensor: TensorProto, *, turned: bool) -> NDArray
     if not np.isfinite(values).all():
         raise source.damaged(f"tensor {tensor.name!r} has values that are not finite")
     return np.ascontiguousarray(values.T if turned else values)
+
+
+def _is_small(tensor: TensorProto) -> bool:
+    itemsize: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    count: int = math.prod(tensor.dims)
+    return count * itemsize <= _SMALL_BYTES
 
 
 def _is_plain(attributes: Mapping[str, float]) -> bool:
