@@ -87,8 +87,13 @@ def test_an_embedding_that_is_the_head_is_stored_once(export, tmp_path):
 
 def test_the_context_can_be_said_where_the_config_does_not(export, tmp_path):
     change_config(export, n_positions=...)
-    assert "it does not say how long a context can be" in refused(export, tmp_path)
+    assert "it says no context length" in refused(export, tmp_path)
     assert read_manifest(exports.add(export, tmp_path / "models", context_length=100)).context_length == 100
+
+
+def test_a_context_may_be_shorter_and_not_longer_than_the_config_says(export, tmp_path):
+    assert "'n_positions' is 256: a context of 257 would be longer" in refused(export, tmp_path, context_length=257)
+    assert read_manifest(exports.add(export, tmp_path / "models", context_length=64)).context_length == 64
 
 
 def test_rows_that_only_pad_the_logits_are_left_out(export, tmp_path):
@@ -203,6 +208,15 @@ def test_weights_that_were_cut_short(export, tmp_path):
     with_weights_beside(export)
     os.truncate(export / "model.onnx_data", 1000)
     assert "does not lie within model.onnx_data" in refused(export, tmp_path)
+
+
+def test_a_tensor_that_is_too_short(export, tmp_path):
+    def cut(graph):
+        tensor = next(tensor for tensor in graph.initializer if tensor.name == "transformer.wpe.weight")
+        tensor.raw_data = tensor.raw_data[:-4]
+
+    change_graph(export, cut)
+    assert "tensor 'transformer.wpe.weight' cannot be read" in refused(export, tmp_path)
 
 
 def test_operators_that_the_runtime_lacks(export, tmp_path):

@@ -27,7 +27,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -149,6 +149,8 @@ class Manifest(BaseModel):
             raise ValueError(f"files must be {sorted(_REQUIRED_FILES)} and may be {sorted(_OPTIONAL_FILES)}")
         if self.graph == "exported" and FUSED in names:
             raise ValueError(f"an exported graph has no {FUSED}")
+        if self.quantization not in get_args(ExportQuantization if self.graph == "exported" else Quantization):
+            raise ValueError(f"a graph that is {self.graph} cannot be {self.quantization}")
         if self.digest != bundle_digest(self.files):
             raise ValueError("digest does not match the files' digests")
         if self.add_bos_token and self.bos_token_id is None:

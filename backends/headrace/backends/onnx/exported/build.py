@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -35,7 +34,7 @@ Progress = Callable[[str, float], None]
 """As ``build.Progress``."""
 
 MAX_DIVERGENCE = 0.05
-"""In nats, from float32: what ``int8_dynamic`` may lose. w8a8 loses as much of SmolLM2, blocks of int8 a tenth of it."""
+"""In nats, from float32: what ``int8_dynamic`` may lose. w8a8 loses as much of SmolLM2, blocks of int8 an eighth."""
 _NUM_MEASURED = 256
 """Predictions that are compared."""
 
@@ -103,7 +102,7 @@ def add_export(
             digest=bundle.bundle_digest(files),
             quantization=quantization,
             graph="exported",
-            context_length=context_length or source.context_length(),
+            context_length=source.context_length(context_length),
             vocabulary_size=num_tokens,
             num_layers=interface.num_layers,
             num_kv_heads=interface.num_kv_heads,

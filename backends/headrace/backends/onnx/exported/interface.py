@@ -1,11 +1,13 @@
-"""What goes into an exported graph and comes out of it; anything else than a decoder with a dense past is refused.
+"""What goes into an exported graph and comes out of it:
 
-input_ids                       int64 [B, S]
-attention_mask                  int64 [B, past + S]
-position_ids                    int64 [B, S], where the model has them
-past_key_values.<layer>.key     float32 [B, kv heads, past, head size]; .value likewise
-logits                          float32 [B, S, V]
-present.<layer>.key             float32 [B, kv heads, past + S, head size]; .value likewise
+    input_ids                       int64 [B, S]
+    attention_mask                  int64 [B, past + S]
+    position_ids                    int64 [B, S], where the model has them
+    past_key_values.<layer>.key     float32 [B, kv heads, past, head size]; .value likewise
+    logits                          float32 [B, S, V]
+    present.<layer>.key             float32 [B, kv heads, past + S, head size]; .value likewise
+
+Anything else, or layers that differ, is refused.
 """
 
 from __future__ import annotations
@@ -51,11 +53,12 @@ def read_interface(source: ExportSource) -> Interface:
         raise source.unsupported(f"input {name!r}; only decoders of {', '.join(sorted(_TOKENS))} and a past can be run")
     for name in sorted(_TOKENS & inputs.keys()):
         _check(source, inputs[name], TensorProto.INT64, [None, None])
-    heads, head_size = _shape(inputs[pasts[0]])[1:4:2] if len(_shape(inputs[pasts[0]])) == 4 else (None, None)
-    if heads is None or head_size is None:
-        raise source.unsupported(
-            f"{pasts[0]!r} is {_shown(inputs[pasts[0]])} instead of [B, kv heads, past, head size]"
-        )
+    match _shape(inputs[pasts[0]]):
+        case [None, int(heads), None, int(head_size)]:
+            pass
+        case _:
+            shown = _shown(inputs[pasts[0]])
+            raise source.unsupported(f"{pasts[0]!r} is {shown} instead of [B, kv heads, past, head size]")
     for name in pasts:
         _check(source, inputs[name], TensorProto.FLOAT, [None, heads, None, head_size])
         present = name.replace("past_key_values", "present")
@@ -64,13 +67,12 @@ def read_interface(source: ExportSource) -> Interface:
         _check(source, outputs[present], TensorProto.FLOAT, [None, heads, None, head_size])
     if "logits" not in outputs:
         raise source.unsupported("it has no output 'logits'")
-    num_logits = _shape(outputs["logits"])[-1:]
-    if num_logits in ([], [None]):
-        raise source.unsupported(f"'logits' is {_shown(outputs['logits'])} instead of [B, S, a number of tokens]")
-    _check(source, outputs["logits"], TensorProto.FLOAT, [None, None, *num_logits])
-    return Interface(
-        num_layers=len(layers), num_kv_heads=heads, head_size=head_size, num_logits=int(num_logits[0] or 0)
-    )
+    match _shape(outputs["logits"]):
+        case [None, None, int(num_logits)]:
+            _check(source, outputs["logits"], TensorProto.FLOAT, [None, None, num_logits])
+        case _:
+            raise source.unsupported(f"'logits' is {_shown(outputs['logits'])} instead of [B, S, a number of tokens]")
+    return Interface(num_layers=len(layers), num_kv_heads=heads, head_size=head_size, num_logits=num_logits)
 
 
 def _check(source: ExportSource, value: onnx.ValueInfoProto, dtype: int, shape: Sequence[int | None]) -> None:

@@ -23,8 +23,7 @@ CHUNK_ALIGNMENT = 64
 class ExportedModel:
     """A loaded bundle; implements ``api.StepModel``.
 
-    What others may use of a slot, and guesses, need the packed graph, and are not here: without them requests cost more,
-    and none is answered differently.
+    Copies of slots, guesses and scores in chunks need a packed graph, and are not declared: the engine does without.
     """
 
     backend = "onnx"

@@ -1,7 +1,7 @@
 """Runs a graph that Optimum exported: dense, [B, S], with the past as an input and the whole present as an output.
 
-Rows of different lengths share a run. Each row's past ends, and its new tokens begin, at the same column; what is padding
-lies before the past and behind the new tokens, where the attention mask hides it:
+Rows of different lengths share a run. Each row's past ends, and its new tokens begin, at the same column; padding lies
+before the past and behind the new tokens, where the attention mask hides it:
 
     row 0   . . p p p p | n n n
     row 1   p p p p p p | n . .

@@ -53,12 +53,18 @@ class ExportSource:
             raise self._damaged_config(f"'model_type' is {kind!r} instead of a name")
         return kind
 
-    def context_length(self) -> int:
-        for key in _CONTEXT_LENGTHS:
-            if key in self._fields:
-                return self._fields.count(key)
-        names = ", ".join(_CONTEXT_LENGTHS)
-        raise self._damaged_config(f"it does not say how long a context can be ({names}): say it with --context-length")
+    def context_length(self, wanted: int | None) -> int:
+        """``wanted``, or if that is ``None`` as many tokens as the model can take."""
+        key = next((key for key in _CONTEXT_LENGTHS if key in self._fields), None)
+        if key is None:
+            if wanted is None:
+                names = ", ".join(_CONTEXT_LENGTHS)
+                raise self._damaged_config(f"it says no context length ({names}): say it with --context-length")
+            return wanted
+        most = self._fields.count(key)
+        if wanted is not None and wanted > most:
+            raise ModelFileError(f"{self._folder / CONFIG}: {key!r} is {most}: a context of {wanted} would be longer")
+        return wanted or most
 
     def tokenizer(self, num_logits: int) -> SourceTokenizer:
         """The tokenizer of a model with so many logits."""
@@ -74,17 +80,17 @@ class ExportSource:
     def read(self, tensor: TensorProto) -> NDArray[np.generic]:
         """The values of a tensor. Those of other files are mapped: each is read when it is used."""
         path = self._file_of(tensor)
-        if path is None:
-            array: NDArray[np.generic] = onnx.numpy_helper.to_array(tensor)
-            return array
-        places = {entry.key: entry.value for entry in tensor.external_data}
-        dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
-        offset, num_bytes = int(places.get("offset", "0")), math.prod(shape) * dtype.itemsize
-        if min(offset, *shape, 0) < 0 or offset + num_bytes > path.stat().st_size:
+        try:
+            if path is None:
+                array: NDArray[np.generic] = onnx.numpy_helper.to_array(tensor)
+                return array
+            dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+            offset = int(next((entry.value for entry in tensor.external_data if entry.key == "offset"), "0"))
+        except (ValueError, TypeError, KeyError) as exc:
+            raise self.damaged(f"tensor {tensor.name!r} cannot be read: {' '.join(str(exc).split())}") from exc
+        if min(offset, *shape, 0) < 0 or offset + math.prod(shape) * dtype.itemsize > path.stat().st_size:
             raise self.damaged(f"tensor {tensor.name!r} does not lie within {path.name}")
-        if num_bytes == 0:
-            return np.empty(shape, dtype)
-        return np.memmap(path, dtype, "r", offset, shape)
+        return np.memmap(path, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
 
     def damaged(self, what: str) -> ModelFileError:
         return ModelFileError(f"{self._folder / GRAPH}: damaged: {what}")
