@@ -219,6 +219,15 @@ def test_a_tensor_that_is_too_short(export, tmp_path):
     assert "tensor 'transformer.wpe.weight' cannot be read" in refused(export, tmp_path)
 
 
+def test_a_product_of_one_thing(export, tmp_path):
+    def drop(graph):
+        node = next(node for node in graph.node if node.op_type == "MatMul")
+        node.input.pop()
+
+    change_graph(export, drop)
+    assert "a MatMul, has 1 inputs instead of 2" in refused(export, tmp_path)
+
+
 def test_operators_that_the_runtime_lacks(export, tmp_path):
     def rename(graph):
         node = next(node for node in graph.node if node.op_type == "Softmax")

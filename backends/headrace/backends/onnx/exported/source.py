@@ -25,6 +25,7 @@ CONFIG = "config.json"
 GRAPH = "model.onnx"
 
 _OLDER_GRAPHS = ("decoder_model_merged.onnx", "decoder_with_past_model.onnx", "decoder_model.onnx")
+_PAIRS = {"Gather", "Gemm", "MatMul"}
 _CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length")
 """What models call it."""
 
@@ -42,6 +43,9 @@ class ExportSource:
         """Its tensors that lie in other files are not read yet."""
         self.tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in self.graph.graph.initializer}
         self._external = sorted({file.name for file in map(self._file_of, self.tensors.values()) if file is not None})
+        for node in self.graph.graph.node:
+            if node.op_type in _PAIRS and len(node.input) < 2:
+                raise self.damaged(f"node {node.name!r}, a {node.op_type}, has {len(node.input)} inputs instead of 2")
         for tensor in _inner_tensors(self.graph.graph):
             if tensor.data_location == TensorProto.EXTERNAL:
                 raise self.unsupported(f"tensor {tensor.name!r}, which a node holds, lies in another file")
