@@ -204,7 +204,6 @@ def test_closing_while_an_error_holds_on_to_a_view_leaves_the_memory_to_its_last
     view[:] = 1  # still mapped
 
 
-
 class Accounting(RuleBasedStateMachine):
     """Whatever happens, what is resident stays within the budget, and is what the operating system gave."""
 

@@ -108,7 +108,11 @@ def test_the_log_has_a_line_for_each_call_and_never_its_text(start_server: Start
         (["--listen", "nowhere"], {}, "listen: must be HOST:PORT"),
         ([], {"HEADRACE_MAX_CALLS": "many"}, "max_calls:"),
         ([], {"HEADRACE_BACKENDS__ONNX__SPEED": "9"}, "backends.onnx.speed: no such setting; there is threads"),
-        ([], {"HEADRACE_BACKENDS__MAGIC__X": "9"}, "backends.magic: no such backend; there is onnx, process, remote, scripted"),
+        (
+            [],
+            {"HEADRACE_BACKENDS__MAGIC__X": "9"},
+            "backends.magic: no such backend; there is onnx, process, remote, scripted",
+        ),
         ([], {}, "headrace models build smollm2-135m"),
         (["--plugins", "nothing"], {}, "plugins: nothing not installed"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -243,6 +244,20 @@ async def test_an_answer_without_usage_is_billed_by_an_estimate(tmp_path: Path):
         [posting] = await served.postings()
     assert (report.usage.input_tokens, report.usage.output_tokens, report.usage.estimated) == (4, 4, True)
     assert (posting.outcome, posting.estimated) == ("completed", True)
+
+
+async def test_a_schema_that_a_provider_counts_as_input_is_held_and_paid_for(tmp_path: Path):
+    schema = json.dumps({"type": "object", "description": "x" * 8000})
+    usage = {"prompt_tokens": 2000, "completion_tokens": 2, "total_tokens": 2002}
+    async with (
+        Upstream(lambda _: Answer(answer("{}", usage=usage))) as upstream,
+        serving(tmp_path, upstream.url) as served,
+    ):
+        shape = pb.StructuredOutput(json_schema=schema)
+        await generate(served, text="Hi", most=2, structured_output=shape)
+        [posting] = await served.postings()
+    assert posting.charge_nanos == 2000 * 3_000 + 2 * 5_000
+    assert posting.held_tokens >= len(schema)
 
 
 async def test_a_body_of_an_error_is_read_no_further_than_it_may_be():

@@ -281,6 +281,14 @@ async def test_no_field_of_a_request_says_where_it_goes(name: str, tmp_path: Pat
     assert elsewhere.requests == upstream.requests == []
 
 
+async def test_a_text_for_a_model_of_conversations_is_refused_with_what_it_would_need(tmp_path: Path):
+    async with Upstream(lambda _: Answer(answer("never"))) as upstream, serving(tmp_path, upstream.url) as served:
+        asked = pb.GenerateRequest(spec=pb.GenerationSpec(model=MODEL, text="Once upon a time"))
+        with pytest.raises(grpc.aio.AioRpcError, match=r"text: not supported .*it would need a conversation \(chat\)"):
+            await served.generation.Generate(asked, metadata=(("tenant", "acme"),))
+    assert upstream.requests == []
+
+
 class Proxy:
     """Passes on what it is asked for by a full URL, and notes that."""
 

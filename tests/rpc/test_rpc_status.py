@@ -220,3 +220,18 @@ async def test_an_error_before_anything_was_used_has_no_usage_trailer():
             await served.generation.Generate(pb.GenerateRequest(spec=spec(model="huge")))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert USAGE_KEY not in trailers_of(caught.value)
+
+
+def test_what_goes_wrong_at_a_provider_is_logged_with_its_reason_and_without_a_traceback():
+    error = errors.ProviderRefused("provider 'far' refuses this server (status 401)")
+    error.provider_status = errors.ProviderStatus("far", 401)
+    error.__cause__ = Exception("request req_011: no such key")
+    with capture_logs() as logs:
+        failure_of(error, request_id="r1")
+        failure_of(errors.BackendError("it broke"), request_id="r2")
+    of_provider, of_backend = logs
+    assert (of_provider["event"], of_backend["event"]) == ("backend_failed", "backend_failed")
+    assert of_provider["reason"] == "provider 'far' refuses this server (status 401)"
+    assert of_provider["cause"] == "request req_011: no such key"
+    assert of_provider["exc_info"] is None
+    assert isinstance(of_backend["exc_info"], errors.BackendError)

@@ -51,7 +51,7 @@ async def statuses(model: Letters, made: ResponseCache, *calls: Call) -> list[Ca
 
 async def test_an_equal_request_gets_the_same_events_and_has_used_nothing() -> None:
     model, made = Letters(), in_memory(priced=True)
-    first, second = call(model), call(model)
+    first, second = call(model), copied(call(model), is_streamed=True)
     events = await events_of(made.cache(model.run), first)
     assert await events_of(made.cache(model.run), second) == events
     assert model.runs == 1
@@ -61,6 +61,14 @@ async def test_an_equal_request_gets_the_same_events_and_has_used_nothing() -> N
     assert second.meter.cost is not None
     assert second.meter.cost.charge_nanos == 0
     assert second.model is model
+
+
+async def test_a_hit_that_comes_whole_comes_in_as_few_parts_as_can_be() -> None:
+    model, made = Letters(), in_memory()
+    await events_of(made.cache(model.run), call(model))
+    (delta, finish, end) = await events_of(made.cache(model.run), call(model))
+    assert delta == Delta(0, "abc", (0, 1, 2))
+    assert (type(finish), type(end)) == (ChoiceFinish, StreamEnd)
 
 
 async def test_what_is_sent_of_a_hit_is_counted() -> None:

@@ -123,7 +123,7 @@ def _limits(given: dict[str, Any]) -> Limits:
     try:
         return Limits.model_validate({name: value for name, value in given.items() if value not in (None, ())})
     except ValidationError as error:
-        raise CliError(describe(error, Limits.model_fields)) from None
+        raise CliError(describe(error, Limits)) from None
 
 
 def _row(key: Key, now: int) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat, LarkFormat, OutputFormat, RegexFormat
 from headrace.backends.types import ChatInput, InfillInput, Input, TextInput, TokenIdsInput
 
 _TOKENS_PER_MESSAGE = 16
@@ -21,6 +22,19 @@ def max_input_tokens(source: Input) -> int:
             return _TOKENS_PER_MESSAGE + _bytes(prefix) + _bytes(suffix)
         case ChatInput():
             return _of_chat(source)
+
+
+def max_format_tokens(output_format: OutputFormat | None) -> int:
+    """What the shape of an answer can add to its input: providers lay it before the model, and bill it."""
+    match output_format:
+        case None:
+            return 0
+        case JsonSchemaFormat(text) | RegexFormat(text) | LarkFormat(text):
+            return _TOKENS_PER_MESSAGE + _bytes(text)
+        case ChoiceFormat(texts):
+            return _TOKENS_PER_MESSAGE * (1 + len(texts)) + sum(map(_bytes, texts))
+        case _:
+            return _TOKENS_PER_MESSAGE
 
 
 def _of_chat(chat: ChatInput) -> int:

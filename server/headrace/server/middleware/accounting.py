@@ -18,7 +18,7 @@ from headrace.backends.types import (
 )
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.accounts import Terms
-from headrace.server.accounting.bounds import max_input_tokens
+from headrace.server.accounting.bounds import max_format_tokens, max_input_tokens
 from headrace.server.accounting.charges import Rates, WorstCase, billed_nanos, billed_usage, cost_of
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.prices import Priced
@@ -75,9 +75,12 @@ def rates_of(call: Call, accounting: Accounting) -> Rates:
 
 def worst_case_of(call: Call, rates: Rates) -> WorstCase:
     """What ``call``, which has its targets and its tokens, can use at most, wherever it goes."""
+    request = call.request
     return WorstCase(
         input_tokens=max(
-            max_input_tokens(call.request.input) if target.model.tokenizer is None else target.num_input_tokens
+            max_input_tokens(request.input) + max_format_tokens(request.output_format)
+            if target.model.tokenizer is None
+            else target.num_input_tokens
             for target in call.targets
         ),
         n=call.request.n,

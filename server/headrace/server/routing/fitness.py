@@ -28,8 +28,11 @@ def _check(request: GenerateRequest, served: Served) -> None:
     name, backend = served.card.name, served.backend
     # Its value decides: false is what everybody honours.
     for option in sorted(request.options - served.capabilities.options - {STRICT_OPTION}):
-        # A whole-call model says itself what it honours.
-        needed = needed_for(option) if served.engine is not None else ""
+        needed = ""
+        if served.engine is not None:
+            needed = needed_for(option)
+        elif option == "text" and "chat.messages.role" in served.capabilities.options:
+            needed = "a conversation (chat)"  # otherwise a whole-call model says itself what it honours
         raise UnsupportedOption(option, model=name, backend=backend, needed=needed)
     if request.n > served.capabilities.max_n:
         raise InvalidArgument("n", f"must be at most {served.capabilities.max_n} for {name!r}, got {request.n}")
