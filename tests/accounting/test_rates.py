@@ -49,6 +49,13 @@ def test_what_the_provider_asks_includes_what_the_tenant_is_not_billed() -> None
     assert (cost.charge_nanos, cost.cost_nanos) == (10 * 2 + 5 * 3, 10 + 15)
 
 
+def test_what_is_billed_by_count_is_no_estimate_because_a_try_before_it_was() -> None:
+    failed = Attempt("remote", "a", usage=Usage(input_tokens=9, estimated=True), outcome=AttemptOutcome.FAILED)
+    cost = cost_of([failed, attempt("b", 10, 5, AttemptOutcome.COMPLETED)], RATES)
+    assert cost is not None
+    assert not cost.estimated
+
+
 def test_where_nobody_knows_what_a_provider_asks_the_cost_is_unknown() -> None:
     cost = cost_of([attempt("a", 10, 5, AttemptOutcome.COMPLETED)], RATES)
     assert cost is not None

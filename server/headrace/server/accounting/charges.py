@@ -107,7 +107,7 @@ def cost_of(attempts: Sequence[Attempt], rates: Rates) -> Cost | None:
         charge_nanos=billed_nanos(attempts, rates),
         cost_nanos=sum(charge_nanos(one.usage, rates.costs[one.model]) for one in known) if known else None,
         price_id=price.id,
-        estimated=any(attempt.usage.estimated for attempt in attempts),
+        estimated=any(attempt.usage.estimated for attempt in attempts if is_billed(attempt)),
     )
 
 
