@@ -69,7 +69,7 @@ class FlakyModelOptions(BaseModel):
 
     script: list[str] = Field(default_factory=lambda: ["says hello"])
     """What each call gets; the last step is for all further ones: ``says TEXT``, ``breaks TEXT``, ``thinks``,
-    ``waits``, or the name of an error, with seconds if a provider gives it with a Retry-After."""
+    ``waits``, ``dawdles`` until time is over, or the name of an error, with seconds if a provider gives it with a Retry-After."""
     context_length: int = 64
     max_output_tokens: int | None = None
     options: list[str] = Field(default_factory=list)
@@ -119,14 +119,14 @@ class FlakyModel:
             if verb == "thinks":
                 tried.usage.output_tokens = 3
                 raise BackendUnavailable("it broke off before it said anything")
-            if verb not in ("says", "breaks"):
+            if verb not in ("says", "breaks", "dawdles"):
                 raise error_named(verb, self.card.name, float(text) if text else None)
             for word in text.split():
                 tried.usage.output_tokens += 1
                 yield Delta(0, word, (1,))
             if verb == "breaks":
                 raise BackendUnavailable("the connection broke")
-            yield ChoiceFinish(0, FinishReason.EOS_TOKEN)
+            yield ChoiceFinish(0, FinishReason.TIME_LIMIT if verb == "dawdles" else FinishReason.EOS_TOKEN)
             tried.outcome = AttemptOutcome.COMPLETED
             yield StreamEnd()
         except Exception:

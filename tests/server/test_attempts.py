@@ -349,6 +349,20 @@ async def test_a_probe_that_is_cancelled_leaves_its_place_to_the_next_call() -> 
         assert text_of(await events_of(chain.handler, made())) == "a"
 
 
+async def test_a_model_that_says_nothing_until_time_is_over_is_neither_well_nor_failing() -> None:
+    breaker = BreakerOptions(failures_in_a_row=2, cool_down_seconds=10)
+    scripts = {"a": ["BackendError", "dawdles", "BackendError", "dawdles", "says a"], "b": ["says b"]}
+    async with chain_of(scripts, TWO, breaker=breaker) as chain:
+        for _ in range(3):
+            await events_of(chain.handler, made())
+        assert chain.router.breaker("a").failures_in_a_row == 2  # in a row, though there was an end between them
+        chain.clock.now += 10
+        await events_of(chain.handler, made())
+        assert chain.router.breaker("a").state is State.HALF_OPEN
+        assert text_of(await events_of(chain.handler, made())) == "a"
+        assert chain.router.breaker("a").state is State.CLOSED
+
+
 async def test_nobody_waits_for_a_model_that_is_left_alone_by_then() -> None:
     breaker = BreakerOptions(failures_in_a_row=1, cool_down_seconds=10)
     async with chain_of({"a": ["BackendUnavailable"], "b": ["says b"]}, TWO, breaker=breaker) as chain:

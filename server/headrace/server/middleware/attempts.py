@@ -14,7 +14,17 @@ from itertools import count
 import structlog
 
 from headrace.backends.errors import BackendError, HeadraceError, ProviderLimited
-from headrace.backends.types import Attempt, AttemptOutcome, Call, Events, Handler, Meter
+from headrace.backends.types import (
+    Attempt,
+    AttemptOutcome,
+    Call,
+    ChoiceFinish,
+    Event,
+    Events,
+    FinishReason,
+    Handler,
+    Meter,
+)
 from headrace.server.routing.breaker import Breaker, Trial
 from headrace.server.routing.choice import cooling_down
 from headrace.server.routing.judgement import Judgement, combined, judge
@@ -51,13 +61,14 @@ def attempt(
                     failures.append((name, cooling_down(name, breaker.wait())))
                     break
                 num_left -= 1
-                num_before, is_answered, outcome = len(attempts), False, "given_up"
+                num_before, is_answered, has_spoken, outcome = len(attempts), False, False, "given_up"
                 try:
                     async with aclosing(inner(call)) as events:
                         async for event in events:
                             if not is_answered:
-                                is_answered = True
-                                breaker.answered(trial)
+                                is_answered, has_spoken = True, not _is_late(event)
+                                if has_spoken:
+                                    breaker.answered(trial)
                             yield event
                 except Exception as error:
                     judgement = judge(error)
@@ -68,7 +79,8 @@ def attempt(
                         raise
                     failures.append((name, error))
                 else:
-                    breaker.succeeded(trial)
+                    if has_spoken:
+                        breaker.succeeded(trial)
                     outcome = "completed"
                     return
                 finally:
@@ -122,6 +134,11 @@ def attempt(
         )
 
     return handle
+
+
+def _is_late(event: Event) -> bool:
+    """Whether time was over before the model said anything: as a first event that speaks neither for it nor against."""
+    return isinstance(event, ChoiceFinish) and event.reason is FinishReason.TIME_LIMIT
 
 
 def _note(breaker: Breaker, trial: Trial, judgement: Judgement) -> None:
