@@ -69,7 +69,8 @@ class FlakyModelOptions(BaseModel):
 
     script: list[str] = Field(default_factory=lambda: ["says hello"])
     """What each call gets; the last step is for all further ones: ``says TEXT``, ``breaks TEXT``, ``thinks``,
-    ``waits``, ``dawdles`` until time is over, or the name of an error, with seconds if a provider gives it with a Retry-After."""
+    ``waits``, ``dawdles`` until time is over, or the name of an error, with seconds if a provider gives it with a
+    Retry-After."""
     context_length: int = 64
     max_output_tokens: int | None = None
     options: list[str] = Field(default_factory=list)
