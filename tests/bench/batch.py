@@ -24,6 +24,8 @@ from headrace.client import AsyncClient, HeadraceError
 
 _RAW = Path(__file__).parent / "workers" / "headrace_raw.py"
 _WARM_UP_PROMPTS = 32
+_WARM_UP_FIRST = 10**9
+"""Far from the others: a generator of random numbers is the same for a number and its negative."""
 _SECONDS_TO_START = 120
 
 
@@ -50,7 +52,7 @@ async def _measure(worker: Worker, arguments: argparse.Namespace) -> list[float]
     ratios = []
     async with AsyncClient(arguments.address) as client:
         await _until_ready(client)
-        await _run(client, arguments, first=-_WARM_UP_PROMPTS, count=_WARM_UP_PROMPTS)
+        await _run(client, arguments, first=_WARM_UP_FIRST, count=_WARM_UP_PROMPTS)
         case = {"kind": "batch", "tokens": arguments.prompt_tokens, "steps": arguments.new_tokens}
         worker.measure({**case, "prompts": _WARM_UP_PROMPTS})
         for pair in range(arguments.pairs):
