@@ -1,4 +1,4 @@
-"""Both databases of a ledger: SQLite files, and a real PostgreSQL."""
+"""Both databases of a ledger, SQLite files and a real PostgreSQL, and a ledger on each."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+
+from headrace.server.accounting.checks import differences
+from headrace.server.accounting.ledger import Ledger
+from tests.accounting.ledger_kit import ManualClock, open_ledger, steady
 
 _numbers = itertools.count()
 
@@ -90,3 +94,16 @@ def database_setting(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'ledger.db'}"
     url: str = request.getfixturevalue("postgres_url")
     return url
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def ledger(database_setting: str, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Ledger]:
+    """Whose books agree in the end."""
+    async with open_ledger(database_setting, tmp_path, clock=steady(clock)) as opened:
+        yield opened
+        assert await opened.read(differences) == []

@@ -14,7 +14,7 @@ from unittest import mock
 from sqlalchemy import Connection, event, select
 
 from headrace.backends.components import Price
-from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.backends.usage import AttemptOutcome, Cost, Usage
 from headrace.server.accounting.charges import WorstCase, charge_nanos
 from headrace.server.accounting.clock import SteadyClock
 from headrace.server.accounting.groups import WorkOp

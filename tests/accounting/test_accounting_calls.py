@@ -24,7 +24,10 @@ from calls_kit import (
     serving,
 )
 
-from headrace.backends.types import Call, Delta, Events, GenerateRequest, Principal, Prompt, Target, TextInput, Usage
+from headrace.backends.events import Delta
+from headrace.backends.requests import GenerateRequest, TextInput
+from headrace.backends.types import Call, Events, Principal, Prompt, Target
+from headrace.backends.usage import Usage
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.records import Hold
 from headrace.server.config import SettingsError

@@ -15,7 +15,8 @@ from sqlalchemy import Connection, select, update
 from structlog.testing import capture_logs
 
 from headrace.backends.errors import LedgerUnavailable, PermissionDenied
-from headrace.backends.types import ANONYMOUS, LatencyClass, Principal
+from headrace.backends.requests import LatencyClass
+from headrace.backends.types import ANONYMOUS, Principal
 from headrace.server.accounting import accounts as accounts_module
 from headrace.server.accounting import schema, tenants
 from headrace.server.accounting.accounts import GRACE_SECONDS, LOOK_AGAIN_SECONDS, Accounts

@@ -18,7 +18,7 @@ import pytest
 from ledger_kit import ManualClock, open_ledger, request, settlement
 from sqlalchemy import select, update
 
-from headrace.backends.types import AttemptOutcome, Usage
+from headrace.backends.usage import AttemptOutcome, Usage
 from headrace.server.accounting import event_sinks
 from headrace.server.accounting import exports as exports_module
 from headrace.server.accounting.event_sinks import NotAccepted, open_sink

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select
 
 from headrace.backends.errors import BudgetHeld, BudgetSpent, LedgerUnavailable
-from headrace.backends.types import Cost
+from headrace.backends.usage import Cost
 from headrace.server.accounting import hits as hits_module
 from headrace.server.accounting.checks import differences
 from headrace.server.accounting.hits import Hit, add_free, posting_of

@@ -1,13 +1,16 @@
-"""How the ledger's database is made, brought up to date, and refused."""
+"""How the ledger's database is made, brought up to date, opened, and refused."""
 
 from __future__ import annotations
 
 import asyncio
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import structlog
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from click.testing import CliRunner
@@ -141,3 +144,22 @@ def test_the_command_makes_checks_and_says_what_is_wrong(database_setting: str, 
     assert wrong.exit_code == 1
     assert "tenant 'acme', key '', month '20" in wrong.output
     assert "1 sums of the ledger are wrong" in wrong.output
+
+
+@pytest.mark.parametrize("seconds", [-60, 60])
+async def test_a_clock_that_is_not_postgresql_s_is_told_of(postgres_url: str, tmp_path: Path, seconds: int) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with open_ledger(postgres_url, tmp_path, clock=lambda: time.time_ns() + seconds * 10**9):
+            pass
+        async with open_ledger(postgres_url, tmp_path):
+            pass
+    (line,) = [line for line in logs if line["event"] == "clocks_differ"]
+    assert abs(line["seconds_ahead_of_database"] - seconds) < 30
+
+
+async def test_a_new_sqlite_file_is_its_owners_alone(tmp_path: Path) -> None:
+    async with open_ledger("auto", tmp_path / "state") as ledger:
+        await ledger.hold(request())
+        files = [path for path in (tmp_path / "state").iterdir() if path.is_file()]
+        assert {path.name for path in files} == {"ledger.db", "ledger.db-wal", "ledger.db-shm"}
+        assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)

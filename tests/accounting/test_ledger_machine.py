@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Connection, text
 
 from headrace.backends.errors import BudgetHeld, BudgetSpent
-from headrace.backends.types import AttemptOutcome
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.accounting.checks import differences
 from headrace.server.accounting.clock import Clock, month_of
 from headrace.server.accounting.database import Database

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.backends.usage import AttemptOutcome, Cost, Usage
 from headrace.server.accounting import progress
 from headrace.server.accounting.progress import DeadFile, Noted, ProgressFile
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, insert, text
 
-from headrace.backends.types import AttemptOutcome
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.accounting import queries
 from headrace.server.accounting.admission import Balance
 from headrace.server.accounting.database import Database

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.backends.components import Price
-from headrace.backends.types import Attempt, AttemptOutcome, Usage
+from headrace.backends.usage import Attempt, AttemptOutcome, Usage
 from headrace.server.accounting.charges import Rates, WorstCase, billed_nanos, charge_nanos, cost_of
 
 

@@ -12,8 +12,7 @@ from headrace.backends.api import ChatTokenizer
 from headrace.backends.dialect import PLAIN
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.onnx.gguf_tokenizer import read_tokenizer
-from headrace.backends.tokenizer import HuggingFaceTokenizer
-from headrace.backends.types import (
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
     GenerateRequest,
@@ -22,6 +21,7 @@ from headrace.backends.types import (
     ToolChoiceMode,
     ToolDefinition,
 )
+from headrace.backends.tokenizer import HuggingFaceTokenizer
 from headrace.server.engine.channels import channels_of
 from tests.backends import chat_templates as templates
 from tests.onnx import tiny

@@ -8,6 +8,7 @@ import pytest
 
 from headrace.backends.api import BackendContext, Row, StepModel, WholeCallModel
 from headrace.backends.errors import BackendError
+from headrace.backends.requests import ChatInput, ChatMessage, Role
 from headrace.backends.scripted import (
     EOS,
     ByteTokenizer,
@@ -17,7 +18,6 @@ from headrace.backends.scripted import (
     ScriptedOptions,
     ScriptedStepModel,
 )
-from headrace.backends.types import ChatInput, ChatMessage, Role
 
 
 def model(**options: object) -> ScriptedStepModel:

@@ -11,17 +11,10 @@ from contextlib import aclosing
 import pytest
 
 from headrace.backends.errors import BackendError
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, StreamEnd
+from headrace.backends.requests import GenerateRequest, TextInput
 from headrace.backends.threads import CallThreads
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    StreamEnd,
-    TextInput,
-)
+from headrace.backends.types import Call
 
 
 def call(name: str = "a") -> Call:

@@ -20,21 +20,19 @@ import machine
 from figures import with_interval
 
 from headrace.backends.api import BackendContext, StepModel
+from headrace.backends.events import Delta
 from headrace.backends.formats import JsonSchemaFormat, OutputFormat
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Delta,
     GenerateRequest,
-    Principal,
-    Prompt,
     ResponseOptions,
     Role,
     Sampling,
     Stopping,
 )
+from headrace.backends.types import Call, Principal, Prompt
 from headrace.server.engine.engine import Engine
 
 _QUESTION = "Invent people for a novel that is set in {}, and write them down as JSON."

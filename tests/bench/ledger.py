@@ -20,7 +20,7 @@ from figures import percentile, with_interval
 from sqlalchemy import Connection, event
 
 from headrace.backends.components import Price
-from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.backends.usage import AttemptOutcome, Cost, Usage
 from headrace.server.accounting.charges import WorstCase
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.records import Account, Allowance, HoldRequest, Settlement

@@ -23,20 +23,17 @@ from figures import percentile
 from matplotlib.figure import Figure
 
 from headrace.backends.api import BackendContext, StepModel
+from headrace.backends.events import ChoiceFinish, Delta
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Delta,
+from headrace.backends.requests import (
     GenerateRequest,
     LatencyClass,
-    Principal,
-    Prompt,
     ResponseOptions,
     Scheduling,
     Stopping,
     TokenIdsInput,
 )
+from headrace.backends.types import Call, Principal, Prompt
 from headrace.server.engine.engine import Engine
 
 _TARGET = 0.3

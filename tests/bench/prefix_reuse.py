@@ -21,18 +21,10 @@ import numpy as np
 from figures import with_interval
 
 from headrace.backends.api import BackendContext, StepModel
+from headrace.backends.events import ChoiceFinish, Delta
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Delta,
-    GenerateRequest,
-    Principal,
-    Prompt,
-    ResponseOptions,
-    Stopping,
-    TokenIdsInput,
-)
+from headrace.backends.requests import GenerateRequest, ResponseOptions, Stopping, TokenIdsInput
+from headrace.backends.types import Call, Principal, Prompt
 from headrace.server.engine.engine import Engine
 
 _NEW_TOKENS = 16

@@ -20,7 +20,7 @@ from figures import with_interval
 
 from headrace.backends.api import BackendContext, Row, StepModel
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
-from headrace.backends.types import ChatInput, ChatMessage, Role, Sampling
+from headrace.backends.requests import ChatInput, ChatMessage, Role, Sampling
 from headrace.server.engine.sampler import SamplingState, sample
 
 _KINDS: Mapping[str, tuple[Sampling, int | None]] = {

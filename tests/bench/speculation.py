@@ -21,20 +21,18 @@ from copying import COPYING, FREE
 from figures import with_interval
 
 from headrace.backends.api import BackendContext, StepModel
+from headrace.backends.events import Delta
 from headrace.backends.onnx.plugin import OnnxBackend, OnnxOptions
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Delta,
     GenerateRequest,
-    Principal,
-    Prompt,
     ResponseOptions,
     Role,
     Sampling,
     Stopping,
 )
+from headrace.backends.types import Call, Principal, Prompt
 from headrace.server.engine.engine import Engine
 
 _KINDS: Mapping[str, tuple[Sequence[str], float]] = {

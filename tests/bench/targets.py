@@ -118,7 +118,9 @@ class _Engine:
         return f"in process: {card.name} {card.quantization}, digest {card.digest}"
 
     async def generate(self, prompt: str, num_tokens: int, answer: Answer) -> None:
-        from headrace.backends.types import Call, Delta, GenerateRequest, Sampling, Stopping, TextInput
+        from headrace.backends.events import Delta
+        from headrace.backends.requests import GenerateRequest, Sampling, Stopping, TextInput
+        from headrace.backends.types import Call
 
         request = GenerateRequest(
             input=TextInput(prompt),

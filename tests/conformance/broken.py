@@ -19,10 +19,11 @@ import pytest
 
 from headrace.backends.api import API_VERSION, Encoding, ModelCard
 from headrace.backends.errors import BackendError, ModelNotFound
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd, ToolCallDelta
 from headrace.backends.logits import HostLogits
 from headrace.backends.scripted import EOS, ByteTokenizer, ScriptedModelOptions, ScriptedStepModel
 from headrace.backends.testing import BackendConformance
-from headrace.backends.types import AttemptOutcome, ChoiceFinish, Delta, FinishReason, StreamEnd, ToolCallDelta
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.engine.testing import run_in_engine
 from tests.conformance.whole_call import ANSWERS, Choice, FullBackend, FullModel, NoOptions
 

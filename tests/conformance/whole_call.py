@@ -16,21 +16,11 @@ from pydantic import BaseModel, ConfigDict
 
 from headrace.backends.api import API_VERSION, Capabilities, DeterminismClass, ModelCard
 from headrace.backends.errors import BackendError, DeadlineExceeded, ModelNotFound
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, StreamEnd, TokenLogprob, TopLogprob
+from headrace.backends.requests import ExpiryAction
 from headrace.backends.scripted import ByteTokenizer
-from headrace.backends.types import (
-    Attempt,
-    AttemptOutcome,
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
-    Events,
-    ExpiryAction,
-    FinishReason,
-    StreamEnd,
-    TokenLogprob,
-    TopLogprob,
-)
+from headrace.backends.types import Call, Events
+from headrace.backends.usage import Attempt, AttemptOutcome
 
 ANSWERS = (
     "Grüße aus 東京 🙂, und so weiter und so fort",

@@ -10,26 +10,20 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from headrace.backends.api import StepModel
+from headrace.backends.events import ChoiceFinish, Delta, Event, StreamEnd, TokenLogprob
 from headrace.backends.formats import OutputFormat
-from headrace.backends.scripted import EOS, ScriptedModelOptions, ScriptedStepModel, _next_token
-from headrace.backends.types import (
-    Attempt,
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
+from headrace.backends.requests import (
     GenerateRequest,
     LatencyClass,
-    Principal,
-    Prompt,
     ResponseOptions,
     Sampling,
     Scheduling,
     Stopping,
-    StreamEnd,
     TextInput,
-    TokenLogprob,
 )
+from headrace.backends.scripted import EOS, ScriptedModelOptions, ScriptedStepModel, _next_token
+from headrace.backends.types import Call, Principal, Prompt
+from headrace.backends.usage import Attempt
 from headrace.server.engine.engine import MAX_GRAMMAR_SECONDS, Engine
 from headrace.server.engine.sampler import SamplingState
 from headrace.server.engine.sequence import Sequence

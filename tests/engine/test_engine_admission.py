@@ -8,7 +8,8 @@ import pytest
 from engine_kit import make_call, make_sequence, read, running_engine, scripted, until
 
 from headrace.backends.errors import QueueFull
-from headrace.backends.types import AttemptOutcome, LatencyClass, Scheduling
+from headrace.backends.requests import LatencyClass, Scheduling
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.engine.admission import Admission
 from headrace.server.engine.fairness import Load
 from headrace.server.engine.sequence import Sequence

@@ -9,7 +9,8 @@ import time
 import pytest
 from engine_kit import make_call, scripted, until
 
-from headrace.backends.types import Call, LatencyClass, Scheduling
+from headrace.backends.requests import LatencyClass, Scheduling
+from headrace.backends.types import Call
 from headrace.server.engine.engine import Engine
 
 NUM_AT_ONCE = 64

@@ -12,8 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headrace.backends.dialect import ChatDialect, Mark, ReasoningMarks, ToolSyntax
-from headrace.backends.types import ChatInput, ChatMessage, GenerateRequest, Reasoning, Role, TextInput, ToolDefinition
-from headrace.backends.types import ToolChoiceMode as Mode
+from headrace.backends.requests import (
+    ChatInput,
+    ChatMessage,
+    GenerateRequest,
+    Reasoning,
+    Role,
+    TextInput,
+    ToolDefinition,
+)
+from headrace.backends.requests import ToolChoiceMode as Mode
 from headrace.server.engine.channels import Channels, channels_of
 
 BEGIN, END, CALLS = 300, 301, 302

@@ -15,6 +15,7 @@ from llguidance import LLParserLimits
 
 from headrace.backends.dialect import ChatDialect, Mark, ReasoningMarks
 from headrace.backends.errors import InvalidArgument
+from headrace.backends.events import FinishReason
 from headrace.backends.formats import (
     ChoiceFormat,
     JsonObjectFormat,
@@ -23,12 +24,9 @@ from headrace.backends.formats import (
     OutputFormat,
     RegexFormat,
 )
-from headrace.backends.scripted import EOS, ScriptedStepModel
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    FinishReason,
     GenerateRequest,
     LatencyClass,
     Reasoning,
@@ -39,6 +37,8 @@ from headrace.backends.types import (
     Stopping,
     TextInput,
 )
+from headrace.backends.scripted import EOS, ScriptedStepModel
+from headrace.backends.types import Call
 from headrace.server.engine import grammars
 
 PERSON = {

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from headrace.backends.errors import InvalidArgument
+from headrace.backends.events import FinishReason
 from headrace.backends.formats import JsonSchemaFormat
-from headrace.backends.types import Call, FinishReason, Prompt, Sampling
+from headrace.backends.requests import Sampling
+from headrace.backends.types import Call, Prompt
 from headrace.server.engine.engine import Engine
 from tests.onnx.bundles import build, load
 

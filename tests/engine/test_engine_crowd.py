@@ -9,16 +9,10 @@ import threading
 import pytest
 from engine_kit import Answer, letters, make_call, read, running_engine, scripted, until
 
+from headrace.backends.events import FinishReason
+from headrace.backends.requests import LatencyClass, ResponseOptions, Sampling, Scheduling, Stopping
 from headrace.backends.scripted import ScriptedStepModel
-from headrace.backends.types import (
-    Call,
-    FinishReason,
-    LatencyClass,
-    ResponseOptions,
-    Sampling,
-    Scheduling,
-    Stopping,
-)
+from headrace.backends.types import Call
 
 
 def random_call(dice: random.Random) -> Call:

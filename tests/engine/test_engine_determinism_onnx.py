@@ -14,7 +14,8 @@ from engine_kit import Answer, make_call, read, running_engine
 
 from headrace.backends.api import DeterminismClass
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.types import Call, LatencyClass, Prompt, ResponseOptions, Sampling, Scheduling, Stopping
+from headrace.backends.requests import LatencyClass, ResponseOptions, Sampling, Scheduling, Stopping
+from headrace.backends.types import Call, Prompt
 from headrace.server.engine.pace import Pacer
 from tests.onnx import bundles, tiny
 

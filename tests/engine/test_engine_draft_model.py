@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 
 from headrace.backends.api import Logits, Row
 from headrace.backends.errors import BackendError
+from headrace.backends.requests import ResponseOptions, Sampling, Stopping
 from headrace.backends.scripted import VOCABULARY_SIZE, ScriptedModelOptions, ScriptedStepModel
-from headrace.backends.types import Call, Prompt, ResponseOptions, Sampling, Stopping
+from headrace.backends.types import Call, Prompt
 from headrace.server.engine.draft_model import DraftModel, check_pair
 from headrace.server.engine.pace import Pacer
 from headrace.server.engine.sequence import Sequence as Choice

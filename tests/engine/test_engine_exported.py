@@ -11,8 +11,10 @@ import pytest
 from engine_kit import make_call, read, running_engine
 from test_engine_scoring import score, score_call
 
+from headrace.backends.events import FinishReason
 from headrace.backends.formats import JsonSchemaFormat
-from headrace.backends.types import Call, FinishReason, Prompt, Sampling
+from headrace.backends.requests import Sampling
+from headrace.backends.types import Call, Prompt
 from tests.onnx import exports
 
 SCHEMA = {"type": "object", "properties": {"wheels": {"type": "integer", "minimum": 1}}, "required": ["wheels"]}

@@ -9,15 +9,10 @@ import pytest
 from engine_kit import Clock, letters, make_call, read, running_engine, scripted
 
 from headrace.backends.errors import BackendError
+from headrace.backends.events import Delta, FinishReason
+from headrace.backends.requests import ResponseOptions, Sampling, Stopping
 from headrace.backends.scripted import EOS
-from headrace.backends.types import (
-    AttemptOutcome,
-    Delta,
-    FinishReason,
-    ResponseOptions,
-    Sampling,
-    Stopping,
-)
+from headrace.backends.usage import AttemptOutcome
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 25, 31, 32, 33, 34, 65, 200])

@@ -28,8 +28,8 @@ from headrace.backends.formats import (
     OutputFormat,
     RegexFormat,
 )
+from headrace.backends.requests import Sampling
 from headrace.backends.scripted import VOCABULARY_SIZE, ByteTokenizer
-from headrace.backends.types import Sampling
 from headrace.server.engine import grammars as module
 from headrace.server.engine.grammars import BYTES_PER_TOKEN, Grammars
 from headrace.server.engine.masks import Masks, TokenMask, Wanted

@@ -18,16 +18,11 @@ from headrace.backends.errors import (
     QueueFull,
     QueueTimeout,
 )
+from headrace.backends.events import FinishReason
+from headrace.backends.requests import ExpiryAction, LatencyClass, Scheduling, Stopping
 from headrace.backends.scripted import ScriptedModelOptions, ScriptedStepModel
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
-    ExpiryAction,
-    FinishReason,
-    LatencyClass,
-    Scheduling,
-    Stopping,
-)
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.engine.engine import Engine
 
 

@@ -8,7 +8,9 @@ import pytest
 from engine_kit import Answer, Clock, letters, make_call, read, running_engine, scripted, until
 
 from headrace.backends.errors import QueueTimeout
-from headrace.backends.types import AttemptOutcome, Call, LatencyClass, ResponseOptions, Sampling, Scheduling
+from headrace.backends.requests import LatencyClass, ResponseOptions, Sampling, Scheduling
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.engine.engine import Engine
 
 BATCH = Scheduling(latency_class=LatencyClass.BATCH)

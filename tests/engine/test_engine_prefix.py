@@ -13,8 +13,9 @@ from test_engine_crowd import essence, random_call
 
 from headrace.backends.api import Logits, Row
 from headrace.backends.errors import BackendError
+from headrace.backends.requests import Sampling
 from headrace.backends.scripted import ScriptedModelOptions, ScriptedStepModel
-from headrace.backends.types import Call, Sampling
+from headrace.backends.types import Call
 from headrace.server.engine.engine import Engine
 
 SYSTEM = "You are a helpful assistant. " * 5

@@ -10,7 +10,8 @@ from engine_kit import Answer, make_call, read, running_engine, until
 
 from headrace.backends.api import DeterminismClass
 from headrace.backends.onnx.model import CHUNK_ALIGNMENT, OnnxModel
-from headrace.backends.types import Call, LatencyClass, Prompt, ResponseOptions, Sampling, Scheduling, Stopping
+from headrace.backends.requests import LatencyClass, ResponseOptions, Sampling, Scheduling, Stopping
+from headrace.backends.types import Call, Prompt
 from tests.onnx import bundles
 
 NUM_NEW = 40

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from headrace.backends.errors import BackendError
 from headrace.backends.logits import HostLogits
-from headrace.backends.types import Sampling
+from headrace.backends.requests import Sampling
 from headrace.server.engine.sampler import Sampled, SamplingState, sample
 
 SMALL, LARGE = 12, 500

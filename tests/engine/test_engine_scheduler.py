@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headrace.backends.types import LatencyClass, StreamEnd
+from headrace.backends.events import StreamEnd
+from headrace.backends.requests import LatencyClass
 from headrace.server.engine.scheduler import Limits, Scheduler
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.step import Preempt, Release, Start, Step

@@ -15,9 +15,11 @@ from engine_kit import Clock, letters, make_call, read, running_engine, scripted
 
 from headrace.backends.api import Row
 from headrace.backends.errors import BackendError, DeadlineExceeded, Draining, InvalidArgument, QueueTimeout
+from headrace.backends.events import Scored, ScoredToken, StreamEnd
 from headrace.backends.logits import HostLogits
+from headrace.backends.requests import LatencyClass, Scheduling, Scoring
 from headrace.backends.scripted import EOS, VOCABULARY_SIZE, ScriptedStepModel
-from headrace.backends.types import Call, LatencyClass, Scheduling, Scored, ScoredToken, Scoring, StreamEnd
+from headrace.backends.types import Call
 from headrace.server.engine.engine import Engine
 
 BATCH = Scheduling(latency_class=LatencyClass.BATCH)

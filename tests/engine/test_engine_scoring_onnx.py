@@ -13,9 +13,11 @@ from engine_kit import make_call, read, running_engine
 from test_engine_scoring import score, score_call
 
 from headrace.backends.api import DeterminismClass
+from headrace.backends.events import Scored
 from headrace.backends.onnx.build import build_bundle
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.types import Call, Prompt, Scored, Stopping
+from headrace.backends.requests import Stopping
+from headrace.backends.types import Call, Prompt
 from tests.onnx import bundles, tiny
 
 GOLDEN = Path(__file__).parents[1] / "onnx" / "golden"

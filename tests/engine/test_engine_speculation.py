@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 from engine_kit import Answer, make_call, read, running_engine, scripted
 
+from headrace.backends.events import FinishReason
+from headrace.backends.requests import ResponseOptions, Sampling, Stopping
 from headrace.backends.scripted import EOS, ScriptedStepModel
-from headrace.backends.types import Call, FinishReason, ResponseOptions, Sampling, Stopping
+from headrace.backends.types import Call
 
 CHORUS = "row, row, row your boat, gently down the stream; " * 4
 SECONDS = 0.002

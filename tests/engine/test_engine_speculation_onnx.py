@@ -9,7 +9,8 @@ import pytest
 from engine_kit import Answer, make_call, read, running_engine
 
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.types import Call, Prompt, ResponseOptions, Sampling, Stopping
+from headrace.backends.requests import ResponseOptions, Sampling, Stopping
+from headrace.backends.types import Call, Prompt
 from tests.onnx import bundles
 
 

@@ -9,24 +9,22 @@ import pytest
 from engine_kit import Answer, make_call, read, running_engine, scripted
 
 from headrace.backends.errors import InvalidArgument
-from headrace.backends.scripted import EOS
-from headrace.backends.types import (
-    Call,
+from headrace.backends.events import FinishReason, ToolCallDelta
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    FinishReason,
     NamedTool,
-    Prompt,
     Reasoning,
     ResponseOptions,
     Role,
     Sampling,
     Stopping,
-    ToolCallDelta,
     ToolChoice,
     ToolChoiceMode,
     ToolDefinition,
 )
+from headrace.backends.scripted import EOS
+from headrace.backends.types import Call, Prompt
 
 SCHEMA = {
     "type": "object",

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 from engine_kit import Answer, make_call, read, running_engine
 
+from headrace.backends.events import FinishReason
 from headrace.backends.onnx.build import build_bundle
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    FinishReason,
     GenerateRequest,
     NamedTool,
-    Prompt,
     Reasoning,
     ResponseOptions,
     Role,
@@ -26,6 +24,7 @@ from headrace.backends.types import (
     ToolChoiceMode,
     ToolDefinition,
 )
+from headrace.backends.types import Call, Prompt
 from tests.backends import chat_templates
 from tests.backends.test_dialect import CONTROL, HERMES_MARKS, MISTRAL_MARKS
 from tests.onnx import bundles, tiny

@@ -14,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from headrace.backends.api import BackendContext, WholeCallModel
+from headrace.backends.events import ChoiceFinish, Delta, Event
 from headrace.backends.process.plugin import ProcessBackend, ProcessOptions
-from headrace.backends.types import (
-    Call,
-    ChatInput,
-    ChoiceFinish,
-    Delta,
-    Event,
-    GenerateRequest,
-    Input,
-    Prompt,
-    TextInput,
-    TokenIdsInput,
-)
+from headrace.backends.requests import ChatInput, GenerateRequest, Input, TextInput, TokenIdsInput
+from headrace.backends.types import Call, Prompt
 
 WORKER = (sys.executable, str(Path(__file__).with_name("process_worker.py")))
 NODE_BACKEND = Path(__file__).parents[2] / "backends" / "examples" / "node-backend"

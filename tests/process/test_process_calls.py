@@ -19,19 +19,10 @@ from headrace.backends.errors import (
     InvalidArgument,
     Overloaded,
 )
+from headrace.backends.events import Delta, FinishReason, StreamEnd
 from headrace.backends.process.plugin import ProcessBackend
-from headrace.backends.types import (
-    AttemptOutcome,
-    ChatInput,
-    ChatMessage,
-    Delta,
-    FinishReason,
-    ResponseOptions,
-    Role,
-    Stopping,
-    StreamEnd,
-    TokenIdsInput,
-)
+from headrace.backends.requests import ChatInput, ChatMessage, ResponseOptions, Role, Stopping, TokenIdsInput
+from headrace.backends.usage import AttemptOutcome
 
 CHAT = ChatInput((ChatMessage(Role.SYSTEM, "Be brief."), ChatMessage(Role.USER, "Größe?")))
 

@@ -10,20 +10,17 @@ import pytest
 
 from headrace.backend.v1 import backend_pb2
 from headrace.backends.errors import BackendError
+from headrace.backends.events import Delta, ToolCallDelta
 from headrace.backends.process.messages import CARRIED_OPTIONS, StreamReader, to_request
 from headrace.backends.process.tokenizer import character_spans
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Delta,
     ExpiryAction,
     GenerateRequest,
     Input,
     LatencyClass,
     NamedTool,
-    Principal,
-    Prompt,
     Reasoning,
     ResponseOptions,
     Role,
@@ -33,11 +30,11 @@ from headrace.backends.types import (
     TextInput,
     TokenIdsInput,
     ToolCall,
-    ToolCallDelta,
     ToolChoiceMode,
     ToolDefinition,
-    Usage,
 )
+from headrace.backends.types import Call, Principal, Prompt
+from headrace.backends.usage import Usage
 from headrace.server.rpc.convert import to_request as from_caller
 from headrace.server.rpc.options import set_fields
 from headrace.v1 import generation_pb2

@@ -37,7 +37,9 @@ from headrace.backend.v1 import backend_pb2
 from headrace.backends.api import BackendContext, WholeCallModel
 from headrace.backends.errors import BackendError, BackendUnavailable
 from headrace.backends.process.plugin import ProcessBackend, ProcessOptions
-from headrace.backends.types import AttemptOutcome, Call, TokenIdsInput
+from headrace.backends.requests import TokenIdsInput
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 
 
 @pytest.fixture

@@ -14,22 +14,15 @@ from pydantic import BaseModel
 
 from headrace.backends.api import BackendContext, WholeCallModel
 from headrace.backends.errors import HeadraceError
+from headrace.backends.events import Delta, Event
 from headrace.backends.remote.dialect import Dialect
 from headrace.backends.remote.options import RemoteModelOptions, RemoteOptions
 from headrace.backends.remote.plugin import RemoteBackend
 from headrace.backends.remote.sse import EventParser
+from headrace.backends.requests import ChatInput, ChatMessage, GenerateRequest, Input, Role
 from headrace.backends.testing.calls import Answer, read
-from headrace.backends.types import (
-    Call,
-    ChatInput,
-    ChatMessage,
-    Delta,
-    Event,
-    GenerateRequest,
-    Input,
-    Role,
-    Usage,
-)
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 
 DOCUMENTED = Path(__file__).parent / "documented"
 """Streams as the documentation of a provider prints them."""

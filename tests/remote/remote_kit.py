@@ -17,7 +17,9 @@ from prometheus_client import CollectorRegistry
 
 from headrace.backends.api import WholeCallModel
 from headrace.backends.errors import HeadraceError
-from headrace.backends.types import Attempt, Call, ChoiceFinish, Event
+from headrace.backends.events import ChoiceFinish, Event
+from headrace.backends.types import Call
+from headrace.backends.usage import Attempt
 from headrace.server.app import running_app
 from headrace.server.config import Settings
 from headrace.server.metrics import Metrics

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 
 from headrace.backends.errors import BackendUnavailable, ProviderStatus
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
 from headrace.backends.remote.dialect import StreamFailed
-from headrace.backends.remote.dialects.anthropic import AnthropicDialect
+from headrace.backends.remote.dialects.anthropic import ANTHROPIC
 from headrace.backends.remote.sse import EventParser
-from headrace.backends.types import (
-    AttemptOutcome,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    Reasoning,
-    Stopping,
-    StreamEnd,
-    Usage,
-)
+from headrace.backends.requests import Reasoning, Stopping
+from headrace.backends.usage import AttemptOutcome, Usage
 from tests.remote.asking import (
     DOCUMENTED,
     ask,
@@ -34,7 +27,7 @@ from tests.remote.asking import (
 from tests.remote.fakes.anthropic import event
 from tests.remote.upstream import Answer, Ending, Upstream
 
-DIALECT = AnthropicDialect()
+DIALECT = ANTHROPIC
 BASIC, TOOL_USE, THINKING, WEB_SEARCH, OVERLOADED = (
     (DOCUMENTED / f"anthropic-{name}.sse").read_bytes()
     for name in ("basic", "tool-use", "thinking", "web-search", "overloaded")

@@ -11,14 +11,11 @@ import pytest
 
 from headrace.backends.api import WholeCallModel
 from headrace.backends.errors import InvalidArgument, ProviderRefused, ProviderStatus
+from headrace.backends.events import ChoiceFinish, FinishReason
 from headrace.backends.remote.dialects.anthropic import AnthropicExtension
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    ChoiceFinish,
-    FinishReason,
     Reasoning,
     ResponseOptions,
     Role,
@@ -27,6 +24,8 @@ from headrace.backends.types import (
     ToolChoiceMode,
     ToolDefinition,
 )
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 from tests.remote.asking import (
     ask,
     ask_in_vain,

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import JsonSchemaFormat
-from headrace.backends.remote.dialects.anthropic import AnthropicDialect, AnthropicExtension
-from headrace.backends.types import (
+from headrace.backends.remote.dialects.anthropic import ANTHROPIC, AnthropicExtension
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
     NamedTool,
@@ -26,7 +26,7 @@ from headrace.backends.types import (
 )
 from tests.remote.asking import body_of, call_of, request_of
 
-DIALECT = AnthropicDialect()
+DIALECT = ANTHROPIC
 SYSTEM, USER, ASSISTANT, TOOL = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
 SCHEMA = {
     "type": "object",

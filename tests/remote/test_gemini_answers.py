@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 
 from headrace.backends.errors import BackendError, BackendUnavailable, ProviderLimited, ProviderStatus
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd, TokenLogprob, TopLogprob
 from headrace.backends.remote.dialect import StreamFailed
-from headrace.backends.remote.dialects.gemini import GeminiDialect
-from headrace.backends.types import (
-    AttemptOutcome,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    Reasoning,
-    ResponseOptions,
-    StreamEnd,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from headrace.backends.remote.dialects.gemini import GEMINI
+from headrace.backends.requests import Reasoning, ResponseOptions
+from headrace.backends.usage import AttemptOutcome, Usage
 from tests.remote.asking import (
     ask,
     ask_in_vain,
@@ -34,7 +25,7 @@ from tests.remote.asking import (
 from tests.remote.fakes.gemini import error, error_info, event, retry_info
 from tests.remote.upstream import Answer, Ending, Upstream
 
-DIALECT = GeminiDialect()
+DIALECT = GEMINI
 
 
 def response(*parts: object, reason: str | None = None, index: int = 0, usage: object = None, **more: object):

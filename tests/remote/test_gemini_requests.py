@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat
-from headrace.backends.remote.dialects.gemini import GeminiDialect, GeminiExtension
+from headrace.backends.remote.dialects.gemini import GEMINI, GeminiExtension
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.types import (
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
     NamedTool,
@@ -28,7 +28,7 @@ from headrace.backends.types import (
 )
 from tests.remote.asking import body_of, call_of, request_of
 
-DIALECT = GeminiDialect()
+DIALECT = GEMINI
 SYSTEM, USER, ASSISTANT, TOOL = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
 SCHEMA = {"type": "object", "properties": {"flight": {"type": "string"}}, "required": ["flight"]}
 FLIGHT = ToolDefinition("check_flight", "Gets the current status of a flight", json.dumps(SCHEMA))

@@ -11,16 +11,12 @@ import pytest
 
 from headrace.backends.api import WholeCallModel
 from headrace.backends.errors import BackendUnavailable
+from headrace.backends.events import Delta, FinishReason
 from headrace.backends.formats import JsonObjectFormat, JsonSchemaFormat
 from headrace.backends.remote.plugin import RemoteBackend
-from headrace.backends.testing import BackendConformance
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Delta,
-    FinishReason,
     NamedTool,
     Role,
     Sampling,
@@ -28,6 +24,9 @@ from headrace.backends.types import (
     TextInput,
     ToolDefinition,
 )
+from headrace.backends.testing import BackendConformance
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 from tests.remote.asking import ask, call_of, remote_backend, remote_model, request_of, tool_calls_of
 from tests.remote.llama_server import CONTEXT_LENGTH, NOT_THERE, is_there, llama_server
 

@@ -13,26 +13,16 @@ from typing import Any
 import pytest
 
 from headrace.backends.errors import BackendError, BackendUnavailable, ProviderLimited
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd, TokenLogprob, TopLogprob
 from headrace.backends.remote.dialect import Dialect, StreamFailed
-from headrace.backends.remote.dialects.deepseek import DeepSeek
-from headrace.backends.remote.dialects.openai_chat import OpenAiChat
-from headrace.backends.remote.dialects.openai_compatible import LlamaCpp, OpenAiCompatible, Vllm
-from headrace.backends.remote.dialects.openai_completions import OpenAiCompletions
+from headrace.backends.remote.dialects.deepseek import DEEPSEEK
+from headrace.backends.remote.dialects.openai import OPENAI
+from headrace.backends.remote.dialects.openai_compatible import COMPATIBLE, LLAMA_CPP, VLLM
+from headrace.backends.remote.dialects.openai_completions import COMPLETIONS
 from headrace.backends.remote.sse import EventParser
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    Reasoning,
-    ResponseOptions,
-    StreamEnd,
-    TextInput,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from headrace.backends.requests import Reasoning, ResponseOptions, TextInput
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome, Usage
 from tests.remote.asking import (
     DOCUMENTED,
     ask,
@@ -51,22 +41,22 @@ from tests.remote.upstream import Answer, Ending, Upstream
 
 CHAT = (DOCUMENTED / "openai-chat.sse").read_bytes()
 TOOLS = (DOCUMENTED / "openai-chat-tools.sse").read_bytes()
-DEEPSEEK = (DOCUMENTED / "deepseek-chat.sse").read_bytes()
-VLLM = (Path(__file__).parent / "captured" / "vllm-stop.sse").read_bytes()
+DEEPSEEK_STREAM = (DOCUMENTED / "deepseek-chat.sse").read_bytes()
+VLLM_STREAM = (Path(__file__).parent / "captured" / "vllm-stop.sse").read_bytes()
 DONE = b"data: [DONE]\n\n"
 PARIS = [("call_DdmO9pD3xa9XTPNJ32zg2hcA", "get_weather", '{"location":"Paris, France"}')]
 
 STREAMS: dict[str, tuple[Dialect, bytes, str, list[tuple[str, str, str]], ChoiceFinish]] = {
-    "chat": (OpenAiChat(), CHAT, "Hello", [], ChoiceFinish(0, FinishReason.EOS_TOKEN)),
-    "tools": (OpenAiChat(), TOOLS, "", PARIS, ChoiceFinish(0, FinishReason.TOOL_CALLS)),
+    "chat": (OPENAI, CHAT, "Hello", [], ChoiceFinish(0, FinishReason.EOS_TOKEN)),
+    "tools": (OPENAI, TOOLS, "", PARIS, ChoiceFinish(0, FinishReason.TOOL_CALLS)),
     "deepseek": (
-        DeepSeek(),
         DEEPSEEK,
+        DEEPSEEK_STREAM,
         "Hello! How can I assist you today?",
         [],
         ChoiceFinish(0, FinishReason.EOS_TOKEN),
     ),
-    "vllm": (Vllm(), VLLM, "1. 1\n2. 2", [], ChoiceFinish(0, FinishReason.STOP_SEQUENCE, "\n3")),
+    "vllm": (VLLM, VLLM_STREAM, "1. 1\n2. 2", [], ChoiceFinish(0, FinishReason.STOP_SEQUENCE, "\n3")),
 }
 
 
@@ -121,19 +111,19 @@ def test_the_counts_of_the_documentation_are_ours():
     details = {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0}
     default = {"prompt_tokens": 19, "completion_tokens": 10, "total_tokens": 29}
     default |= {"prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0}, "completion_tokens_details": details}
-    assert counts(OpenAiChat(), **default) == Usage(19, 0, None, 10, 0)
+    assert counts(OPENAI, **default) == Usage(19, 0, None, 10, 0)
     cached = {"prompt_tokens": 2006, "completion_tokens": 300, "total_tokens": 2306}
     cached |= {"prompt_tokens_details": {"cached_tokens": 1920}, "completion_tokens_details": details}
-    assert counts(OpenAiChat(), **cached) == Usage(2006, 1920, None, 300, 0)
+    assert counts(OPENAI, **cached) == Usage(2006, 1920, None, 300, 0)
     reasoned = {"prompt_tokens": 75, "completion_tokens": 1186, "total_tokens": 1261}
     reasoned |= {"prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 1024}}
-    assert counts(OpenAiChat(), **reasoned) == Usage(75, 0, None, 1186, 1024)
+    assert counts(OPENAI, **reasoned) == Usage(75, 0, None, 1186, 1024)
 
 
 def test_what_is_written_to_the_cache_is_counted_apart():
     """``PromptTokensDetails.cache_write_tokens`` of the Python SDK."""
     usage = {"prompt_tokens": 2006, "completion_tokens": 1, "prompt_tokens_details": {"cache_write_tokens": 1920}}
-    assert counts(OpenAiChat(), **usage) == Usage(2006, None, 1920, 1)
+    assert counts(OPENAI, **usage) == Usage(2006, None, 1920, 1)
 
 
 def test_deepseeks_hits_are_what_was_read_from_its_cache():
@@ -143,27 +133,27 @@ def test_deepseeks_hits_are_what_was_read_from_its_cache():
     usage = {"prompt_tokens": 150, "completion_tokens": 30, "total_tokens": 180}
     usage |= {"prompt_cache_hit_tokens": 100, "prompt_cache_miss_tokens": 50}
     usage |= {"completion_tokens_details": {"reasoning_tokens": 8}}
-    assert counts(DeepSeek(), **usage) == Usage(150, 100, None, 30, 8)
-    assert read_events(DeepSeek(), DEEPSEEK)[1] == Usage(input_tokens=17, output_tokens=9)
+    assert counts(DEEPSEEK, **usage) == Usage(150, 100, None, 30, 8)
+    assert read_events(DEEPSEEK, DEEPSEEK_STREAM)[1] == Usage(input_tokens=17, output_tokens=9)
 
 
 def test_a_server_that_counts_little_is_taken_at_its_word():
-    assert counts(OpenAiCompatible(), prompt_tokens=7, completion_tokens=3) == Usage(7, None, None, 3)
-    assert counts(OpenAiCompatible(), prompt_tokens=7, prompt_tokens_details=None) == Usage(7)
-    assert read_events(OpenAiChat(), CHAT)[1] == Usage()
+    assert counts(COMPATIBLE, prompt_tokens=7, completion_tokens=3) == Usage(7, None, None, 3)
+    assert counts(COMPATIBLE, prompt_tokens=7, prompt_tokens_details=None) == Usage(7)
+    assert read_events(OPENAI, CHAT)[1] == Usage()
 
 
 @pytest.mark.parametrize("wrong", [-1, "7", 1.5, True])
 def test_what_is_no_count_is_no_usage(wrong):
     with pytest.raises((TypeError, ValueError)):
-        counts(OpenAiChat(), prompt_tokens=wrong)
+        counts(OPENAI, prompt_tokens=wrong)
 
 
 def test_vllm_counts_as_it_goes():
     reported = []
     usage = Usage()
-    reader = Vllm().reader(call_of(), usage)
-    for message in EventParser().feed(VLLM):
+    reader = VLLM.reader(call_of(), usage)
+    for message in EventParser().feed(VLLM_STREAM):
         reader.read(message)
         reported.append(usage.output_tokens)
     assert reported == [*range(12), 11, 11]
@@ -181,36 +171,39 @@ def test_vllm_counts_as_it_goes():
         ("content_filter", {}, ChoiceFinish(0, FinishReason.CONTENT_FILTER, seed=5)),
         ("tool_calls", {}, ChoiceFinish(0, FinishReason.TOOL_CALLS, seed=5)),
         ("function_call", {}, ChoiceFinish(0, FinishReason.TOOL_CALLS, seed=5)),
+        ("eos_token", {}, ChoiceFinish(0, FinishReason.EOS_TOKEN, seed=5)),
+        ("stop_sequence", {}, ChoiceFinish(0, FinishReason.STOP_SEQUENCE, seed=5)),
+        ("repetition", {"stop_reason": "repetition_detected"}, ChoiceFinish(0, FinishReason.MAX_TOKENS, seed=5)),
     ],
 )
 def test_every_reason_to_finish_has_its_own(said, fields, finish):
-    events, _ = read_events(Vllm(), chunk({"content": "Hi"}) + chunk({}, said, **fields), call_of(request_of(seed=5)))
+    events, _ = read_events(VLLM, chunk({"content": "Hi"}) + chunk({}, said, **fields), call_of(request_of(seed=5)))
     assert events[-1] == finish
 
 
 @pytest.mark.parametrize("reason", ["insufficient_system_resource", "aborted", "abort", "error"])
 def test_an_answer_that_the_provider_broke_off_is_none(reason):
     with pytest.raises(StreamFailed) as failed:
-        read_events(DeepSeek(), chunk({"content": "Hi"}) + chunk({}, reason))
+        read_events(DEEPSEEK, chunk({"content": "Hi"}) + chunk({}, reason))
     assert (failed.value.status, failed.value.problem.code) == (503, reason)
 
 
 def test_a_stream_that_says_it_is_done_before_it_is_was_broken_off():
     """So llama-cpp-python's server lets one call go when another comes."""
     with pytest.raises(StreamFailed) as failed:
-        read_events(OpenAiCompatible(), chunk({"content": "Hi"}) + DONE)
+        read_events(COMPATIBLE, chunk({"content": "Hi"}) + DONE)
     assert failed.value.status == 503
 
 
 def test_a_tool_that_had_to_be_called_was_called_though_the_model_is_said_to_have_stopped():
     call = {"index": 0, "id": "c1", "function": {"name": "now", "arguments": "{}"}}
-    events, _ = read_events(OpenAiChat(), chunk({"tool_calls": [call]}) + chunk({}, "stop"))
+    events, _ = read_events(OPENAI, chunk({"tool_calls": [call]}) + chunk({}, "stop"))
     assert events[-1] == ChoiceFinish(0, FinishReason.TOOL_CALLS)
 
 
 def test_a_refusal_is_text_that_was_filtered():
     raw = chunk({"role": "assistant", "content": "", "refusal": None}) + chunk({"refusal": "I cannot"})
-    events, _ = read_events(OpenAiChat(), raw + chunk({"refusal": " help."}) + chunk({}, "stop") + DONE)
+    events, _ = read_events(OPENAI, raw + chunk({"refusal": " help."}) + chunk({}, "stop") + DONE)
     assert text_of(events) == "I cannot help."
     assert events[-1] == ChoiceFinish(0, FinishReason.CONTENT_FILTER)
 
@@ -227,7 +220,7 @@ def test_parallel_calls_keep_apart():
         {"index": 1, "function": {"arguments": "{}"}},
         {"index": 0, "function": {"arguments": ": 1}"}},
     )
-    assert tool_calls_of(read_events(OpenAiChat(), raw)[0]) == [("a", "now", '{"x": 1}'), ("b", "then", "{}")]
+    assert tool_calls_of(read_events(OPENAI, raw)[0]) == [("a", "now", '{"x": 1}'), ("b", "then", "{}")]
 
 
 def test_calls_that_are_all_number_0_are_told_apart_by_their_ids():
@@ -236,25 +229,25 @@ def test_calls_that_are_all_number_0_are_told_apart_by_their_ids():
         {"index": 0, "id": "a", "function": {"name": "now", "arguments": "{}"}},
         {"index": 0, "id": "b", "function": {"name": "now", "arguments": '{"x": 1}'}},
     )
-    assert tool_calls_of(read_events(OpenAiCompatible(), raw)[0]) == [("a", "now", "{}"), ("b", "now", '{"x": 1}')]
+    assert tool_calls_of(read_events(COMPATIBLE, raw)[0]) == [("a", "now", "{}"), ("b", "now", '{"x": 1}')]
 
 
 def test_a_call_whose_id_and_name_come_every_time_is_one():
     """So llama-cpp-python sends them."""
     head = {"index": 0, "id": "call__0_now_cmpl-1", "type": "function"}
     raw = calls(*({**head, "function": {"name": "now", "arguments": piece}} for piece in ("", '{"x"', ": 1}")))
-    events, _ = read_events(OpenAiCompatible(), raw)
+    events, _ = read_events(COMPATIBLE, raw)
     assert tool_calls_of(events) == [("call__0_now_cmpl-1", "now", '{"x": 1}')]
     assert [delta.tool_calls[0].id is not None for delta in events[:-1]] == [True, False, False]
 
 
 def test_a_call_without_an_id_gets_one():
     raw = calls({"index": 0, "function": {"name": "now", "arguments": "{}"}}, {"index": 0, "function": {}})
-    assert tool_calls_of(read_events(OpenAiCompatible(), raw)[0]) == [("chatcmpl-1-0", "now", "{}")]
+    assert tool_calls_of(read_events(COMPATIBLE, raw)[0]) == [("chatcmpl-1-0", "now", "{}")]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
-@pytest.mark.parametrize("dialect", [DeepSeek(), Vllm(), LlamaCpp(), OpenAiCompatible()], ids=lambda it: it.name)
+@pytest.mark.parametrize("dialect", [DEEPSEEK, VLLM, LLAMA_CPP, COMPATIBLE], ids=lambda it: it.name)
 def test_reasoning_is_no_text_and_left_out_where_it_is_not_wanted(dialect, key):
     raw = chunk({key: "Let me see.", "content": None}) + chunk({"content": "Yes."}) + chunk({}, "stop")
     events, _ = read_events(dialect, raw)
@@ -272,7 +265,7 @@ def test_a_tokens_bytes_need_not_be_a_character():
     half = {"token": "\\xc3", "logprob": -0.5, "bytes": [195], "top_logprobs": []}
     end = {"token": "<|end|>", "logprob": 0.0, "bytes": None, "top_logprobs": [{"token": "a", "logprob": 0.0}]}
     raw = chunk({"content": "ü"}, logprobs={"content": [half, end], "refusal": None}) + chunk({}, "stop")
-    [delta, _], _ = read_events(OpenAiChat(), raw, wanting_logprobs())
+    [delta, _], _ = read_events(OPENAI, raw, wanting_logprobs())
     top = TopLogprob(None, b"a", 0.0)
     assert delta.logprobs == (TokenLogprob(None, b"\xc3", -0.5), TokenLogprob(None, b"<|end|>", 0.0, (top,)))
 
@@ -280,41 +273,41 @@ def test_a_tokens_bytes_need_not_be_a_character():
 def test_deepseek_gives_those_of_its_reasoning_too():
     entry = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
     raw = chunk({"reasoning_content": "a"}, logprobs={"content": None, "reasoning_content": [entry]})
-    [delta, _], _ = read_events(DeepSeek(), raw + chunk({}, "stop"), wanting_logprobs())
+    [delta, _], _ = read_events(DEEPSEEK, raw + chunk({}, "stop"), wanting_logprobs())
     assert delta == Delta(0, "", logprobs=(TokenLogprob(None, b"a", -0.5),), reasoning_text="a")
 
 
 def test_vllm_and_llama_cpp_say_which_tokens_they_are():
-    events, _ = read_events(Vllm(), VLLM, wanting_logprobs(token_ids=True))
+    events, _ = read_events(VLLM, VLLM_STREAM, wanting_logprobs(token_ids=True))
     logprobs = [entry for delta in events[:-1] for entry in delta.logprobs]
     assert [entry.token_id for entry in logprobs] == [33, 30, 216, 33, 198, 34, 30, 216, 34, 198, 35]
     assert b"".join(entry.token for entry in logprobs) == b"1. 1\n2. 2\n3"
     entry = {"id": 7, "token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
     raw = chunk({"content": "a"}, logprobs={"content": [entry]}) + chunk({}, "stop")
-    assert read_events(LlamaCpp(), raw, wanting_logprobs())[0][0].logprobs == (TokenLogprob(7, b"a", -0.5),)
+    assert read_events(LLAMA_CPP, raw, wanting_logprobs())[0][0].logprobs == (TokenLogprob(7, b"a", -0.5),)
 
 
 def test_choices_may_come_in_any_order():
     raw = chunk({"content": "b"}, index=1) + chunk({"content": "a"}) + chunk({}, "stop", index=1)
     raw += chunk({"content": "A"}) + chunk({}, "length")
-    events, _ = read_events(OpenAiChat(), raw, call_of(request_of(n=2)))
+    events, _ = read_events(OPENAI, raw, call_of(request_of(n=2)))
     assert text_of(event for event in events if event.choice == 0) == "aA"
     assert events[2] == ChoiceFinish(1, FinishReason.EOS_TOKEN)
     with pytest.raises(EOFError):
-        read_events(OpenAiChat(), raw, call_of(request_of(n=3)))
+        read_events(OPENAI, raw, call_of(request_of(n=3)))
 
 
 def test_a_choice_that_is_over_may_be_named_again_but_says_no_more():
     """So OpenRouter sends its usage."""
     raw = chunk({"content": "Hi"}) + chunk({}, "stop")
-    events, _ = read_events(OpenAiCompatible(), raw + chunk({"role": "assistant", "content": ""}, "stop") + DONE)
+    events, _ = read_events(COMPATIBLE, raw + chunk({"role": "assistant", "content": ""}, "stop") + DONE)
     assert events == [Delta(0, "Hi"), ChoiceFinish(0, FinishReason.EOS_TOKEN)]
     with pytest.raises(ValueError, match="after its end"):
-        read_events(OpenAiCompatible(), raw + chunk({"content": "!"}))
+        read_events(COMPATIBLE, raw + chunk({"content": "!"}))
 
 
 def test_the_model_is_as_it_is_reported():
-    reader = OpenAiChat().reader(call_of(), Usage())
+    reader = OPENAI.reader(call_of(), Usage())
     for message in EventParser().feed(chunk({"content": "Hi"})):
         reader.read(message)
     assert reader.reported_version == "m-2025"
@@ -339,7 +332,7 @@ def test_the_model_is_as_it_is_reported():
 )
 def test_what_is_not_of_the_api_is_told_from_an_answer(raw):
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
-        read_events(OpenAiChat(), raw)
+        read_events(OPENAI, raw)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +349,7 @@ def test_what_is_not_of_the_api_is_told_from_an_answer(raw):
 )
 def test_an_error_in_a_stream_is_the_providers(said, code, status):
     with pytest.raises(StreamFailed) as failed:
-        read_events(OpenAiCompatible(), chunk({"content": "Hi"}) + event(said))
+        read_events(COMPATIBLE, chunk({"content": "Hi"}) + event(said))
     problem = failed.value.problem
     assert (problem.message, problem.code, failed.value.status) == ("M", code, status)
 
@@ -378,7 +371,7 @@ def test_an_error_in_a_stream_is_the_providers(said, code, status):
     ],
 )
 def test_the_body_of_an_error_is_understood_whatever_it_is(body, message, code):
-    problem = OpenAiChat().problem(body)
+    problem = OPENAI.problem(body)
     assert (problem.message, problem.code) == (message, code)
 
 
@@ -425,6 +418,6 @@ def test_a_text_is_read_as_a_chat_is():
         f"data: {head}{json.dumps(text)}{tail % reason}\n\n"
         for text, reason in (("This", "null"), (" is", "null"), (" a test", '"length"'))
     ).encode()
-    events, _ = read_events(OpenAiCompletions(), raw + DONE, call_of(request_of(TextInput("Say this is a test"))))
+    events, _ = read_events(COMPLETIONS, raw + DONE, call_of(request_of(TextInput("Say this is a test"))))
     assert text_of(events) == "This is a test"
     assert events[-1] == ChoiceFinish(0, FinishReason.MAX_TOKENS)

@@ -11,12 +11,11 @@ import pytest
 
 from headrace.backends.api import WholeCallModel
 from headrace.backends.errors import InvalidArgument, ProviderRefused
+from headrace.backends.events import FinishReason
 from headrace.backends.formats import JsonObjectFormat
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    FinishReason,
     NamedTool,
     Reasoning,
     ResponseOptions,
@@ -26,6 +25,7 @@ from headrace.backends.types import (
     ToolChoiceMode,
     ToolDefinition,
 )
+from headrace.backends.types import Call
 from tests.remote.asking import ask, ask_in_vain, call_of, reasoning_of, remote_model, request_of, tool_calls_of
 from tests.remote.fakes.openai_chat import (
     DEEPSEEK,

@@ -13,19 +13,18 @@ from pydantic import ValidationError
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.formats import ChoiceFormat, JsonObjectFormat, JsonSchemaFormat, RegexFormat
 from headrace.backends.remote.dialect import Dialect
-from headrace.backends.remote.dialects.deepseek import DeepSeek, DeepSeekExtension
-from headrace.backends.remote.dialects.openai_chat import OpenAiChat, OpenAiExtension
+from headrace.backends.remote.dialects.deepseek import DEEPSEEK, DeepSeekExtension
+from headrace.backends.remote.dialects.openai import OPENAI, OpenAiExtension
 from headrace.backends.remote.dialects.openai_compatible import (
-    LlamaCpp,
-    LlamaCppPython,
-    OpenAiCompatible,
-    Vllm,
+    COMPATIBLE,
+    LLAMA_CPP,
+    LLAMA_CPP_PYTHON,
+    VLLM,
     VllmExtension,
 )
-from headrace.backends.remote.dialects.openai_completions import OpenAiCompletions
-from headrace.backends.remote.dialects.openai_responses import OpenAiResponses
-from headrace.backends.types import (
-    Call,
+from headrace.backends.remote.dialects.openai_completions import COMPLETIONS
+from headrace.backends.remote.dialects.openai_responses import RESPONSES
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
     NamedTool,
@@ -39,6 +38,7 @@ from headrace.backends.types import (
     ToolChoiceMode,
     ToolDefinition,
 )
+from headrace.backends.types import Call
 from tests.remote.asking import body_of, call_of, remote_backend, request_of
 
 SYSTEM, USER, ASSISTANT, TOOL = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
@@ -49,7 +49,7 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 WEATHER = ToolDefinition("get_weather", "Get current temperature for a given location.", json.dumps(PARAMETERS))
-CHATS: list[Dialect] = [OpenAiChat(), OpenAiCompatible(), Vllm(), LlamaCpp(), LlamaCppPython(), DeepSeek()]
+CHATS: list[Dialect] = [OPENAI, COMPATIBLE, VLLM, LLAMA_CPP, LLAMA_CPP_PYTHON, DEEPSEEK]
 
 
 def chat(*turns: tuple[Role, str] | ChatMessage, **fields: Any) -> ChatInput:
@@ -76,7 +76,7 @@ def call(dialect: Dialect, source: Any = "Hello!", *, extension: Any = None, **f
 
 def test_a_conversation_is_asked_for_as_the_documentation_does():
     source = chat((SYSTEM, "You are a helpful assistant."), (USER, "Hello!"))
-    assert body(OpenAiChat(), source) == {
+    assert body(OPENAI, source) == {
         "model": "the-model",
         "messages": [
             {"role": "system", "content": "You are a helpful assistant."},
@@ -90,7 +90,7 @@ def test_a_conversation_is_asked_for_as_the_documentation_does():
 
 def test_a_model_that_reasons_has_developers_and_no_system():
     source = chat((SYSTEM, "Be brief."), (USER, "Hello!"))
-    messages = body(OpenAiChat(), source, model={"reasoning": True})["messages"]
+    messages = body(OPENAI, source, model={"reasoning": True})["messages"]
     assert [message["role"] for message in messages] == ["developer", "user"]
 
 
@@ -119,7 +119,7 @@ def test_calls_of_tools_and_their_results_keep_together(dialect):
     assert asked["tool_choice"] == "auto"
 
 
-@pytest.mark.parametrize("dialect", [*CHATS, OpenAiResponses()], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("dialect", [*CHATS, RESPONSES], ids=lambda dialect: dialect.name)
 def test_an_id_that_is_too_long_has_the_same_stand_in_in_call_and_result(dialect):
     """Other providers make such ids, and a conversation may move on."""
     long = "toolu_1~" + "x" * 500
@@ -135,7 +135,7 @@ def test_a_tool_can_be_demanded_by_mode_or_by_name():
     def choice(dialect: Dialect, tool_choice: Any) -> Any:
         return body(dialect, chat((USER, "Hi"), tools=(WEATHER,), tool_choice=tool_choice)).get("tool_choice")
 
-    for dialect in (OpenAiChat(), Vllm(), DeepSeek()):
+    for dialect in (OPENAI, VLLM, DEEPSEEK):
         assert choice(dialect, ToolChoiceMode.REQUIRED) == "required"
         assert choice(dialect, NamedTool("get_weather")) == {"type": "function", "function": {"name": "get_weather"}}
 
@@ -149,29 +149,29 @@ def test_where_no_tool_may_be_called_the_model_is_shown_none(dialect):
 def test_servers_that_may_not_heed_a_demand_for_tools_are_not_asked_to():
     source = chat((USER, "Hi"), tools=(WEATHER,), tool_choice=ToolChoiceMode.REQUIRED)
     with pytest.raises(UnsupportedOption, match=r"chat\.tool_choice\.mode.*vllm or llama-cpp"):
-        body(OpenAiCompatible(), source)
+        body(COMPATIBLE, source)
     with pytest.raises(UnsupportedOption, match=r"chat\.tool_choice\.mode.*chat\.tool_choice\.name"):
-        body(LlamaCppPython(), source)
-    assert "chat.tool_choice.name" not in OpenAiCompatible.options
+        body(LLAMA_CPP_PYTHON, source)
+    assert "chat.tool_choice.name" not in COMPATIBLE.options
 
 
 def test_llama_cpp_is_shown_the_one_tool_that_it_must_call():
     tools = (ToolDefinition("now"), WEATHER)
-    asked = body(LlamaCpp(), chat((USER, "Hi"), tools=tools, tool_choice=NamedTool("get_weather")))
+    asked = body(LLAMA_CPP, chat((USER, "Hi"), tools=tools, tool_choice=NamedTool("get_weather")))
     assert [tool["function"]["name"] for tool in asked["tools"]] == ["get_weather"]
     assert asked["tool_choice"] == "required"
 
 
 def test_only_what_the_caller_set_is_sent():
     sampling = Sampling(temperature=0.5, top_p=0.9, presence_penalty=1.0)
-    asked = body(OpenAiChat(), sampling=sampling, options={"sampling.temperature", "sampling.presence_penalty"})
+    asked = body(OPENAI, sampling=sampling, options={"sampling.temperature", "sampling.presence_penalty"})
     assert (asked["temperature"], asked["presence_penalty"]) == (0.5, 1.0)
     assert "top_p" not in asked
 
 
 def test_every_option_of_the_openai_dialect_has_its_field():
     asked = body(
-        OpenAiChat(),
+        OPENAI,
         sampling=Sampling(top_p=0.9, frequency_penalty=-1.0, logit_bias={17: -100.0}),
         options={"sampling.top_p", "sampling.frequency_penalty", "sampling.logit_bias"},
         stopping=Stopping(stop_sequences=("\n", "END")),
@@ -201,35 +201,35 @@ def test_every_option_of_the_openai_dialect_has_its_field():
 
 def test_a_shape_is_a_strict_schema():
     output = JsonSchemaFormat(json.dumps(PARAMETERS))
-    for dialect in (OpenAiChat(), OpenAiCompatible(), Vllm(), LlamaCpp()):
+    for dialect in (OPENAI, COMPATIBLE, VLLM, LLAMA_CPP):
         asked = body(dialect, output_format=output)["response_format"]
         assert asked == {
             "type": "json_schema",
             "json_schema": {"name": "answer", "schema": PARAMETERS, "strict": True},
         }
-    assert body(OpenAiChat(), output_format=JsonObjectFormat())["response_format"] == {"type": "json_object"}
+    assert body(OPENAI, output_format=JsonObjectFormat())["response_format"] == {"type": "json_object"}
 
 
 @pytest.mark.parametrize("schema", ["{", "[]", "[" * 60_000, "7"])
 def test_a_schema_that_is_no_object_is_refused_by_its_field(schema):
     with pytest.raises(InvalidArgument) as refused:
-        body(OpenAiChat(), output_format=JsonSchemaFormat(schema))
+        body(OPENAI, output_format=JsonSchemaFormat(schema))
     assert refused.value.field == "structured_output.json_schema"
     tool = ToolDefinition("now", None, schema)
     with pytest.raises(InvalidArgument) as refused:
-        body(OpenAiChat(), chat((USER, "Hi"), tools=(WEATHER, tool)))
+        body(OPENAI, chat((USER, "Hi"), tools=(WEATHER, tool)))
     assert refused.value.field == "chat.tools[1].parameters_json_schema"
 
 
 @pytest.mark.parametrize(
     ("dialect", "fields", "path"),
     [
-        (OpenAiChat(), {"sampling": Sampling(temperature=2.5)}, "sampling.temperature"),
-        (DeepSeek(), {"sampling": Sampling(temperature=2.5)}, "sampling.temperature"),
-        (OpenAiChat(), {"stopping": Stopping(stop_sequences=tuple("abcde"))}, "stopping.stop_sequences"),
-        (OpenAiChat(), {"seed": 2**63}, "determinism.seed"),
-        (Vllm(), {"seed": 2**63}, "determinism.seed"),
-        (Vllm(), {"n": 2, "sampling": Sampling(temperature=0.0)}, "n"),
+        (OPENAI, {"sampling": Sampling(temperature=2.5)}, "sampling.temperature"),
+        (DEEPSEEK, {"sampling": Sampling(temperature=2.5)}, "sampling.temperature"),
+        (OPENAI, {"stopping": Stopping(stop_sequences=tuple("abcde"))}, "stopping.stop_sequences"),
+        (OPENAI, {"seed": 2**63}, "determinism.seed"),
+        (VLLM, {"seed": 2**63}, "determinism.seed"),
+        (VLLM, {"n": 2, "sampling": Sampling(temperature=0.0)}, "n"),
     ],
 )
 def test_a_value_that_the_provider_refuses_is_refused_before_the_call(dialect, fields, path):
@@ -246,18 +246,18 @@ def test_an_extension_takes_no_field_that_it_does_not_know(extension):
 
 def test_vllm_is_told_to_switch_off_what_it_would_do_by_itself():
     """The defaults of ``generation_config.json`` are not off."""
-    asked = body(Vllm())
+    asked = body(VLLM)
     off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     assert asked | off == asked
     assert asked["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
-    assert body(Vllm(), n=2)["stream_options"]["continuous_usage_stats"] is False
+    assert body(VLLM, n=2)["stream_options"]["continuous_usage_stats"] is False
 
 
 def test_every_option_of_vllm_has_its_field():
     earlier = ChatMessage(ASSISTANT, "Four", reasoning_text="2 + 2")
     source = chat((USER, "2+2?"), earlier, template_arguments={"enable_thinking": False}, add_generation_prompt=False)
     asked = body(
-        Vllm(),
+        VLLM,
         source,
         sampling=Sampling(top_k=5, min_p=0.1, repetition_penalty=1.1, temperature=50.0),
         options={"sampling.temperature"},
@@ -285,17 +285,17 @@ def test_every_option_of_vllm_has_its_field():
         }
         == asked
     )
-    assert body(Vllm(), output_format=RegexFormat("a+"))["structured_outputs"] == {"regex": "a+"}
-    assert body(Vllm(), output_format=ChoiceFormat(("a", "b")))["structured_outputs"] == {"choice": ["a", "b"]}
+    assert body(VLLM, output_format=RegexFormat("a+"))["structured_outputs"] == {"regex": "a+"}
+    assert body(VLLM, output_format=ChoiceFormat(("a", "b")))["structured_outputs"] == {"choice": ["a", "b"]}
 
 
 def test_llama_cpp_is_told_to_switch_off_what_it_would_do_by_itself():
-    asked = body(LlamaCpp())
+    asked = body(LLAMA_CPP)
     off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0}
     assert asked | off == asked
     earlier = ChatMessage(ASSISTANT, "Four", reasoning_text="2 + 2")
     asked = body(
-        LlamaCpp(),
+        LLAMA_CPP,
         chat((USER, "2+2?"), earlier, template_arguments={"enable_thinking": False}),
         sampling=Sampling(top_k=5, typical_p=0.5, logit_bias={3: 1.5}),
         stopping=Stopping(ignore_eos=True),
@@ -307,38 +307,38 @@ def test_llama_cpp_is_told_to_switch_off_what_it_would_do_by_itself():
 
 
 def test_llama_cpp_python_is_told_in_its_own_way():
-    asked = body(LlamaCppPython(), output_format=JsonSchemaFormat(json.dumps(PARAMETERS)), sampling=Sampling(top_k=7))
+    asked = body(LLAMA_CPP_PYTHON, output_format=JsonSchemaFormat(json.dumps(PARAMETERS)), sampling=Sampling(top_k=7))
     off = {"top_p": 1.0, "top_k": 7, "min_p": 0.0, "repeat_penalty": 1.0}
     assert asked | off == asked
     assert asked["response_format"] == {"type": "json_object", "schema": PARAMETERS}
 
 
 def test_deepseek_reasons_only_if_it_is_to():
-    assert body(DeepSeek())["thinking"] == {"type": "disabled"}
-    assert body(DeepSeek(), model={"reasoning": True})["thinking"] == {"type": "enabled"}
-    assert body(DeepSeek(), reasoning=Reasoning(enabled=True))["thinking"] == {"type": "enabled"}
-    asked = body(DeepSeek(), reasoning=Reasoning(enabled=False), model={"reasoning": True})
+    assert body(DEEPSEEK)["thinking"] == {"type": "disabled"}
+    assert body(DEEPSEEK, model={"reasoning": True})["thinking"] == {"type": "enabled"}
+    assert body(DEEPSEEK, reasoning=Reasoning(enabled=True))["thinking"] == {"type": "enabled"}
+    asked = body(DEEPSEEK, reasoning=Reasoning(enabled=False), model={"reasoning": True})
     assert asked["thinking"] == {"type": "disabled"}
 
 
 def test_deepseek_is_not_given_a_temperature_that_its_reasoning_would_drop():
     fields = {"sampling": Sampling(temperature=0.5), "options": {"sampling.temperature"}}
-    assert body(DeepSeek(), **fields)["temperature"] == 0.5
+    assert body(DEEPSEEK, **fields)["temperature"] == 0.5
     with pytest.raises(UnsupportedOption, match=r"sampling\.temperature.*reasoning\.enabled = false"):
-        body(DeepSeek(), **fields, reasoning=Reasoning(enabled=True))
+        body(DEEPSEEK, **fields, reasoning=Reasoning(enabled=True))
 
 
 def test_deepseek_gets_its_reasoning_back():
     earlier = ChatMessage(ASSISTANT, "", reasoning_text="Let me look.", tool_calls=(ToolCall("c1", "now", "{}"),))
     source = chat((USER, "Time?"), earlier, ChatMessage(TOOL, "12:00", tool_call_id="c1"))
-    asked = body(DeepSeek(), source, extension=DeepSeekExtension(reasoning_effort="max"))
+    asked = body(DEEPSEEK, source, extension=DeepSeekExtension(reasoning_effort="max"))
     assert asked["messages"][1]["reasoning_content"] == "Let me look."
     assert asked["reasoning_effort"] == "max"
 
 
 def test_a_text_is_continued_as_it_is():
     asked = body(
-        OpenAiCompletions(),
+        COMPLETIONS,
         TextInput("Say this is a test"),
         sampling=Sampling(temperature=0.0),
         options={"sampling.temperature"},
@@ -357,7 +357,7 @@ def test_a_text_is_continued_as_it_is():
     }
 
 
-@pytest.mark.parametrize("dialect", [*CHATS, OpenAiCompletions()], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("dialect", [*CHATS, COMPLETIONS], ids=lambda dialect: dialect.name)
 def test_a_key_is_a_bearer_and_none_is_no_header(dialect):
     assert dialect.headers("sk-1") == {"Authorization": "Bearer sk-1"}
     assert dialect.headers(None) == {}

@@ -10,24 +10,22 @@ from typing import Any
 import pytest
 
 from headrace.backends.errors import BackendUnavailable, InvalidArgument
+from headrace.backends.events import ChoiceFinish, FinishReason, StreamEnd
 from headrace.backends.formats import JsonObjectFormat, JsonSchemaFormat
 from headrace.backends.remote.dialect import StreamFailed
-from headrace.backends.remote.dialects.openai_responses import OpenAiResponses, ResponsesExtension
-from headrace.backends.types import (
+from headrace.backends.remote.dialects.openai_responses import RESPONSES, ResponsesExtension
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    ChoiceFinish,
-    FinishReason,
     NamedTool,
     Reasoning,
     Role,
     Sampling,
-    StreamEnd,
     ToolCall,
     ToolChoiceMode,
     ToolDefinition,
-    Usage,
 )
+from headrace.backends.usage import Usage
 from tests.remote.asking import (
     DOCUMENTED,
     ask,
@@ -46,7 +44,7 @@ from tests.remote.fakes.openai_chat import KEY
 from tests.remote.fakes.openai_responses import FakeResponses
 from tests.remote.upstream import Answer, Upstream
 
-DIALECT = OpenAiResponses()
+DIALECT = RESPONSES
 TEXT = (DOCUMENTED / "openai-responses.sse").read_bytes()
 TOOLS = (DOCUMENTED / "openai-responses-tools.sse").read_bytes()
 PARIS = [("call_1234xyz", "get_weather", '{"location":"Paris, France"}')]

@@ -67,6 +67,8 @@ FAILED = (_Code.INTERNAL, "BACKEND_ERROR")
 REFUSED = (_Code.INTERNAL, "PROVIDER_REFUSED")
 LIMITED = (_Code.RESOURCE_EXHAUSTED, "PROVIDER_LIMITED")
 INVALID = (_Code.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+IMPATIENT = {"first_event_seconds": 0.5}
+"""Time enough for a request to arrive."""
 
 FAILURES = {
     "400": Failure(refuses(400, "bad", "too hot"), *INVALID, 400, "bad", message="too hot"),
@@ -105,10 +107,8 @@ FAILURES = {
     "endless text": Failure(Answer(_endless(says("a" * 10_000))), *FAILED, 200, outcome="posted"),
     "endless comments": Failure(Answer(_endless(b": keep-alive\n" * 5000)), *FAILED, 200),
     "endless messages": Failure(Answer(_endless(chunk(padding="x" * 60_000))), *FAILED, 200),
-    "stalled before its head": Failure(Answer(_forever()), *UNAVAILABLE, None, options={"first_event_seconds": 0.05}),
-    "stalled but alive": Failure(
-        Answer(_forever(b": keep-alive\n\n")), *UNAVAILABLE, None, options={"first_event_seconds": 0.05}
-    ),
+    "stalled before its head": Failure(Answer(_forever()), *UNAVAILABLE, None, options=IMPATIENT),
+    "stalled but alive": Failure(Answer(_forever(b": keep-alive\n\n")), *UNAVAILABLE, None, options=IMPATIENT),
     "stalled midway": Failure(
         Answer(_forever(says("a"))), *UNAVAILABLE, None, outcome="posted", options={"idle_seconds": 0.05}
     ),
@@ -270,10 +270,11 @@ async def test_a_body_of_an_error_is_read_no_further_than_it_may_be():
 
 async def test_an_error_whose_body_never_ends_is_known_by_its_status():
     stalled = Answer(_forever(b"x"), 500, {"content-type": "text/plain"})
-    async with Upstream(lambda _: stalled) as upstream:
-        options = {"first_event_seconds": 0.05}
-        async with remote_model(upstream.url, "openai-compatible", provider=options) as model:
-            _, error = await ask_in_vain(model, call_of())
+    async with (
+        Upstream(lambda _: stalled) as upstream,
+        remote_model(upstream.url, "openai-compatible", provider=IMPATIENT) as model,
+    ):
+        _, error = await ask_in_vain(model, call_of())
     assert error.provider_status == errors.ProviderStatus("there", 500)
 
 

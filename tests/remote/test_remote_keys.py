@@ -98,6 +98,18 @@ async def test_a_key_that_is_not_there_is_the_models_problem_until_it_is(monkeyp
         assert model.problem() is None
 
 
+async def test_a_call_of_a_model_without_its_key_is_a_line_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FAR_KEY", raising=False)
+    with capture_logs() as logs:
+        async with serving(tmp_path, "http://127.0.0.1:1", api_key="env:FAR_KEY") as served:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await generate(served)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    [line] = [line for line in logs if line["event"] == "backend_failed"]
+    assert line["reason"] == "model 'distant' cannot serve now; try again"
+    assert line["exc_info"] is None
+
+
 @pytest.mark.parametrize("content", ["", "  \n", "two\nlines", "umlaut-ä", "x" * 20_000, "a\tb"])
 def test_what_cannot_be_a_key_is_none(content: str, tmp_path: Path):
     path = tmp_path / "key"

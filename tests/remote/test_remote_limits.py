@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.backends.errors import ProviderLimited, QueueTimeout
 from headrace.backends.remote.limits import Gate
-from headrace.backends.types import LatencyClass, Scheduling
+from headrace.backends.requests import LatencyClass, Scheduling
 from tests.remote.asking import ask, ask_in_vain, call_of, remote_model, request_of
 from tests.remote.remote_kit import answer, generate, serving
 from tests.remote.upstream import Answer, ReceivedRequest, Upstream

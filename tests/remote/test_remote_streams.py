@@ -8,23 +8,13 @@ from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
+from headrace.backends.events import Delta, Event, StreamEnd, ToolCallDelta
 from headrace.backends.remote.counting import Counting
-from headrace.backends.remote.dialects.openai_compatible import OpenAiCompatible
+from headrace.backends.remote.dialects.openai_compatible import COMPATIBLE
 from headrace.backends.remote.stream import AnswerStream
 from headrace.backends.remote.surrogates import WholeCharacters
-from headrace.backends.types import (
-    AttemptOutcome,
-    ChatInput,
-    ChatMessage,
-    Delta,
-    Event,
-    Role,
-    StreamEnd,
-    ToolCall,
-    ToolCallDelta,
-    ToolDefinition,
-    Usage,
-)
+from headrace.backends.requests import ChatInput, ChatMessage, Role, ToolCall, ToolDefinition
+from headrace.backends.usage import AttemptOutcome, Usage
 from tests.remote.asking import ask, call_of, remote_model, request_of, splits, text_of
 from tests.remote.remote_kit import answer, chunk, finish_of, says
 from tests.remote.upstream import Answer, Upstream, every_byte
@@ -37,7 +27,7 @@ def read_stream(pieces: Iterable[bytes], usage: Usage | None = None) -> list[Eve
     call = call_of()
     counting = Counting(call.request, call.max_new_tokens, usage or Usage())
     counting.sent()
-    reader = OpenAiCompatible().reader(call, counting.reported)
+    reader = COMPATIBLE.reader(call, counting.reported)
     stream = AnswerStream(reader, counting, provider="far", num_tokens=64, top_logprobs=0, redact=lambda text: text)
     events = [event for piece in pieces for event in stream.feed(piece)]
     counting.end(is_complete=stream.finished)
@@ -113,7 +103,7 @@ def test_reasoning_stays_before_the_text_that_followed_it():
 
 def test_what_came_before_an_error_is_given_first():
     stream = AnswerStream(
-        OpenAiCompatible().reader(call_of(), Usage()),
+        COMPATIBLE.reader(call_of(), Usage()),
         Counting(request_of(), 64, Usage()),
         provider="far",
         num_tokens=64,
@@ -226,6 +216,13 @@ async def test_the_meter_knows_when_text_came_and_the_model_which_version_answer
     assert meter.started <= meter.first_token == meter.first_answer_token <= meter.last_token
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer's last chunk may take its time."""
+    monkeypatch.setattr("headrace.backends.remote.transport._LAST_CHUNK_SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_connections_are_used_again_also_after_errors():
     answers = iter([Answer(answer("Hi")), Answer([b"{}"], 500), Answer(answer("Hi")), Answer(answer("Hi"))])
     async with Upstream(lambda _: next(answers)) as upstream, remote_model(upstream.url, "openai-compatible") as model:
@@ -234,6 +231,7 @@ async def test_connections_are_used_again_also_after_errors():
         assert upstream.num_connections == 1
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_by_a_new_one():
     answers = iter([Answer(answer("Hi")), Answer(raw=b""), Answer(answer("again"))])
     async with (
@@ -246,6 +244,7 @@ async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_by_a_new_
     assert len({request.body for request in upstream.requests}) == 1
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_closed_model_has_closed_its_connections():
     async with Upstream(lambda _: Answer(answer("Hi"))) as upstream:
         async with remote_model(upstream.url, "openai-compatible") as model:

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
+from headrace.backends.events import FinishReason
 from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat, RegexFormat
 from headrace.backends.remote.plugin import RemoteBackend
-from headrace.backends.testing import BackendConformance
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    FinishReason,
     NamedTool,
     ResponseOptions,
     Role,
@@ -25,6 +23,8 @@ from headrace.backends.types import (
     Stopping,
     ToolDefinition,
 )
+from headrace.backends.testing import BackendConformance
+from headrace.backends.types import Call
 from tests.remote.asking import ask, call_of, remote_backend, remote_model, request_of, tool_calls_of
 
 VARIABLES = ("VLLM_URL", "VLLM_MODEL")

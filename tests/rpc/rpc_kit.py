@@ -16,24 +16,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from headrace.backends.api import DeterminismClass, Encoding, ModelCard
 from headrace.backends.components import PriceSource
 from headrace.backends.errors import ModelNotFound
-from headrace.backends.types import (
-    Attempt,
-    AttemptOutcome,
-    Call,
-    ChatInput,
-    ChoiceFinish,
-    Delta,
-    Event,
-    Events,
-    FinishReason,
-    Handler,
-    Principal,
-    Prompt,
-    StreamEnd,
-    Target,
-    TextInput,
-    TokenIdsInput,
-)
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, StreamEnd
+from headrace.backends.requests import ChatInput, TextInput, TokenIdsInput
+from headrace.backends.types import Call, Events, Handler, Principal, Prompt, Target
+from headrace.backends.usage import Attempt, AttemptOutcome
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.accounts import Accounts
 from headrace.server.accounting.expectations import Expectations

@@ -1,15 +1,9 @@
 from __future__ import annotations
 
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Cost,
-    Delta,
-    FinishReason,
-    GenerateRequest,
-    TextInput,
-    ToolCallDelta,
-)
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, ToolCallDelta
+from headrace.backends.requests import GenerateRequest, TextInput
+from headrace.backends.types import Call
+from headrace.backends.usage import Cost
 from headrace.server.rpc.answer import ChoiceBuilder, delta_message, report_message
 from headrace.v1 import generation_pb2 as pb
 

@@ -9,7 +9,9 @@ from rpc_kit import GENERATE_BATCH, Served, begin, details_of, says, serving, sp
 from structlog.testing import capture_logs
 
 from headrace.backends.errors import BackendError, DeadlineExceeded, QueueFull, QueueTimeout, Unauthenticated
-from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, LatencyClass, StreamEnd, TextInput
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.requests import LatencyClass, TextInput
+from headrace.backends.types import Call, Events
 from headrace.server.rpc.batch import SeenIndices
 from headrace.v1 import generation_pb2 as pb
 

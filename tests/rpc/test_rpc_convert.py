@@ -7,9 +7,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rpc_kit import TinyModel
 
-from headrace.backends import formats, types
+from headrace.backends import formats
 from headrace.backends.api import DeterminismClass
 from headrace.backends.errors import InvalidArgument
+from headrace.backends.events import Delta, FinishReason, TokenLogprob, TopLogprob
+from headrace.backends.requests import (
+    ChatInput,
+    ChatMessage,
+    ExpiryAction,
+    GenerateRequest,
+    LatencyClass,
+    NamedTool,
+    Reasoning,
+    ResponseOptions,
+    Role,
+    Sampling,
+    Scheduling,
+    Stopping,
+    TextInput,
+    TokenIdsInput,
+    ToolCall,
+    ToolChoiceMode,
+    ToolDefinition,
+)
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome, Usage
 from headrace.server.registry import ModelState
 from headrace.server.rpc import answer, convert
 from headrace.server.rpc.convert import request_id_of, to_request
@@ -17,7 +39,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import models_pb2, usage_pb2
 
 
-def request_of(spec: pb.GenerationSpec) -> types.GenerateRequest:
+def request_of(spec: pb.GenerationSpec) -> GenerateRequest:
     return to_request(pb.GenerateRequest(spec=spec))
 
 
@@ -55,27 +77,27 @@ def test_what_is_set_arrives_and_what_is_not_keeps_its_default(sampling, seed, i
     if seed is not None:
         spec.determinism.seed = seed
     request = to_request(pb.GenerateRequest(spec=pb.GenerationSpec.FromString(spec.SerializeToString())))
-    assert request.input == types.TokenIdsInput(tuple(ids))
-    assert request.sampling == types.Sampling(**sampling)
+    assert request.input == TokenIdsInput(tuple(ids))
+    assert request.sampling == Sampling(**sampling)
     assert request.seed == seed
     seeds = {"determinism.seed"} if seed is not None else set()
     assert request.options == {"token_ids.ids"} | {f"sampling.{name}" for name in sampling} | seeds
 
 
 def test_a_request_with_an_input_alone_is_all_defaults():
-    assert request_of(pb.GenerationSpec(text="hi")) == types.GenerateRequest(
-        input=types.TextInput("hi"), options=frozenset({"text"})
+    assert request_of(pb.GenerationSpec(text="hi")) == GenerateRequest(
+        input=TextInput("hi"), options=frozenset({"text"})
     )
 
 
 def test_a_batch_item_is_of_class_batch_unless_it_says_otherwise():
-    def latency_class(spec: pb.GenerationSpec) -> types.LatencyClass:
+    def latency_class(spec: pb.GenerationSpec) -> LatencyClass:
         wrapper = pb.GenerateBatchRequest(index=3, spec=spec)
-        return to_request(wrapper, default_latency_class=types.LatencyClass.BATCH).scheduling.latency_class
+        return to_request(wrapper, default_latency_class=LatencyClass.BATCH).scheduling.latency_class
 
-    assert latency_class(pb.GenerationSpec(text="hi")) is types.LatencyClass.BATCH
+    assert latency_class(pb.GenerationSpec(text="hi")) is LatencyClass.BATCH
     voice = pb.SchedulingOptions(latency_class=pb.LATENCY_CLASS_VOICE)
-    assert latency_class(pb.GenerationSpec(text="hi", scheduling=voice)) is types.LatencyClass.VOICE
+    assert latency_class(pb.GenerationSpec(text="hi", scheduling=voice)) is LatencyClass.VOICE
 
 
 def test_fields_beside_the_spec_are_options_and_index_is_not():
@@ -102,11 +124,11 @@ def test_stopping_and_scheduling_arrive_with_durations_in_seconds():
     spec.scheduling.queue_timeout.FromMilliseconds(250)
     request = request_of(spec)
     assert request.n == 3
-    assert request.stopping == types.Stopping(
+    assert request.stopping == Stopping(
         max_new_tokens=5, min_new_tokens=2, stop_sequences=(".",), stop_token_ids=(9,), time_limit=1.5
     )
-    assert request.scheduling == types.Scheduling(priority=-7, queue_timeout=0.25, on_expiry=types.ExpiryAction.ERROR)
-    assert request.response == types.ResponseOptions(logprobs=True, top_logprobs=2, echo=True, usage_interval=4)
+    assert request.scheduling == Scheduling(priority=-7, queue_timeout=0.25, on_expiry=ExpiryAction.ERROR)
+    assert request.response == ResponseOptions(logprobs=True, top_logprobs=2, echo=True, usage_interval=4)
 
 
 def test_a_conversation_arrives_whole():
@@ -127,16 +149,14 @@ def test_a_conversation_arrives_whole():
         )
     )
     spec.chat.template_arguments.update({"deep": {"list": [1, 2.5, None, True, "x"]}})
-    assert request_of(spec).input == types.ChatInput(
+    assert request_of(spec).input == ChatInput(
         messages=(
-            types.ChatMessage(types.Role.USER, "ab"),
-            types.ChatMessage(
-                types.Role.ASSISTANT, "", tool_calls=(types.ToolCall("1", "f", "{}"),), reasoning_text="hm"
-            ),
-            types.ChatMessage(types.Role.TOOL, "", name="f", tool_call_id="1"),
+            ChatMessage(Role.USER, "ab"),
+            ChatMessage(Role.ASSISTANT, "", tool_calls=(ToolCall("1", "f", "{}"),), reasoning_text="hm"),
+            ChatMessage(Role.TOOL, "", name="f", tool_call_id="1"),
         ),
-        tools=(types.ToolDefinition("f", "does f"),),
-        tool_choice=types.NamedTool("f"),
+        tools=(ToolDefinition("f", "does f"),),
+        tool_choice=NamedTool("f"),
         add_generation_prompt=False,
         template_arguments={"deep": {"list": [1, 2.5, None, True, "x"]}},
     )
@@ -162,7 +182,7 @@ F = pb.ToolDefinition(name="f")
 REQUIRED = pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED)
 
 
-@pytest.mark.parametrize("mode", types.ToolChoiceMode)
+@pytest.mark.parametrize("mode", ToolChoiceMode)
 def test_a_tool_choice_has_the_protos_modes(mode):
     choice = pb.ToolChoice(mode=f"TOOL_CHOICE_MODE_{mode.name}")
     assert request_of(chat(user(), tools=[F], tool_choice=choice)).input.tool_choice is mode
@@ -170,10 +190,10 @@ def test_a_tool_choice_has_the_protos_modes(mode):
 
 def test_reasoning_options_arrive_and_are_the_models_by_default():
     spec = chat(user())
-    assert request_of(spec).reasoning == types.Reasoning()
-    assert request_of(spec).input.tool_choice is types.ToolChoiceMode.AUTO
+    assert request_of(spec).reasoning == Reasoning()
+    assert request_of(spec).input.tool_choice is ToolChoiceMode.AUTO
     spec.reasoning.enabled, spec.reasoning.max_reasoning_tokens, spec.reasoning.include_text = False, 0, False
-    assert request_of(spec).reasoning == types.Reasoning(enabled=False, max_reasoning_tokens=0, include_text=False)
+    assert request_of(spec).reasoning == Reasoning(enabled=False, max_reasoning_tokens=0, include_text=False)
 
 
 def big_struct() -> struct_pb2.Struct:
@@ -245,8 +265,8 @@ def test_a_request_id_may_be_absent():
 @pytest.mark.parametrize(
     ("ours", "theirs", "prefix"),
     [
-        (types.FinishReason, pb.FinishReason, "FINISH_REASON_"),
-        (types.AttemptOutcome, usage_pb2.AttemptOutcome, "ATTEMPT_OUTCOME_"),
+        (FinishReason, pb.FinishReason, "FINISH_REASON_"),
+        (AttemptOutcome, usage_pb2.AttemptOutcome, "ATTEMPT_OUTCOME_"),
         (DeterminismClass, pb.DeterminismClass, "DETERMINISM_CLASS_"),
         (ModelState, models_pb2.ModelState, "MODEL_STATE_"),
     ],
@@ -261,7 +281,7 @@ counts = st.none() | st.integers(0, 2**64 - 1)
 
 @given(st.tuples(*[counts] * 8), st.booleans())
 def test_usage_tells_zero_from_not_reported(values, estimated):
-    usage = types.Usage(*values, estimated=estimated)
+    usage = Usage(*values, estimated=estimated)
     message = usage_pb2.Usage.FromString(answer.usage_message(usage).SerializeToString())
     for name in answer._COUNTS:
         assert (getattr(message, name) if message.HasField(name) else None) == getattr(usage, name)
@@ -269,7 +289,7 @@ def test_usage_tells_zero_from_not_reported(values, estimated):
 
 
 def test_a_report_has_unset_timings_for_what_was_not_reached():
-    call = types.Call(request=types.GenerateRequest(input=types.TextInput("x")), request_id="r", arrived=10.0)
+    call = Call(request=GenerateRequest(input=TextInput("x")), request_id="r", arrived=10.0)
     report = answer.report_message(call, now=12.5)
     assert report.timings.total.ToMilliseconds() == 2500
     assert [field.name for field, _ in report.timings.ListFields()] == ["total"]
@@ -278,11 +298,11 @@ def test_a_report_has_unset_timings_for_what_was_not_reached():
 
 
 def test_a_report_has_the_speed_of_the_tokens_after_the_first():
-    call = types.Call(request=types.GenerateRequest(input=types.TextInput("x")), request_id="r", arrived=10.0)
+    call = Call(request=GenerateRequest(input=TextInput("x")), request_id="r", arrived=10.0)
     call.model = TinyModel()
     attempt = call.meter.begin("scripted", price_id="p")
     attempt.usage.output_tokens = 5
-    attempt.outcome = types.AttemptOutcome.COMPLETED
+    attempt.outcome = AttemptOutcome.COMPLETED
     call.meter.started, call.meter.first_token, call.meter.last_token = 10.5, 11.0, 13.0
     report = answer.report_message(call, now=13.0)
     assert report.timings.queue.ToMilliseconds() == 500
@@ -297,8 +317,8 @@ def test_a_report_has_the_speed_of_the_tokens_after_the_first():
 
 
 def test_a_delta_carries_token_ids_only_if_asked_for():
-    top = types.TopLogprob(8, b"\xff", -2.0)
-    delta = types.Delta(1, "é", (7,), (types.TokenLogprob(7, b"\xc3", -0.5, (top,)),))
+    top = TopLogprob(8, b"\xff", -2.0)
+    delta = Delta(1, "é", (7,), (TokenLogprob(7, b"\xc3", -0.5, (top,)),))
     message = answer.delta_message(delta, token_ids=False)
     assert (message.choice_index, message.text, list(message.token_ids)) == (1, "é", [])
     assert message.logprobs[0].top[0].token == b"\xff"

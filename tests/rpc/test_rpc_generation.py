@@ -21,7 +21,8 @@ from rpc_kit import (
 from structlog.testing import capture_logs
 
 from headrace.backends.errors import QueueFull
-from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, StreamEnd
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.types import Call, Events
 from headrace.server.rpc.calls import REQUEST_ID_KEY
 from headrace.v1 import generation_pb2 as pb
 

@@ -5,7 +5,7 @@ import pytest
 from rpc_kit import SERVED, details_of, says, serving, status_of
 
 from headrace.backends.api import DeterminismClass, ModelCard
-from headrace.backends.types import Sampling
+from headrace.backends.requests import Sampling
 from headrace.server.registry import ModelState
 from headrace.v1 import generation_pb2, models_pb2
 

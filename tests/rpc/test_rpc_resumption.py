@@ -16,7 +16,9 @@ from structlog.testing import capture_logs
 
 from headrace.backends.components import CallRecord
 from headrace.backends.errors import BackendError, QueueFull
-from headrace.backends.types import AttemptOutcome, Call, ChoiceFinish, Delta, Events, FinishReason, Handler, StreamEnd
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.types import Call, Events, Handler
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.middleware.reporting import UsageReporter
 from headrace.server.rpc.resumption import MESSAGE_OVERHEAD_BYTES, STREAM_OVERHEAD_BYTES, ResumableStreams
 from headrace.v1 import generation_pb2 as pb

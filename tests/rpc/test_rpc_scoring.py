@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from rpc_kit import details_of, status_of, trailers_of
 
-from headrace.backends.types import GenerateRequest, LatencyClass, Scoring, TextInput, TokenIdsInput
+from headrace.backends.requests import GenerateRequest, LatencyClass, Scoring, TextInput, TokenIdsInput
 from headrace.server.app import App, running_app
 from headrace.server.config import Settings
 from headrace.server.metrics import Metrics

@@ -15,7 +15,8 @@ from rpc_kit import (
     waits,
 )
 
-from headrace.backends.types import Call, ChoiceFinish, Delta, Events, FinishReason, StreamEnd
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.types import Call, Events
 from headrace.server.metrics import Metrics
 from headrace.server.rpc import server as server_module
 from headrace.server.rpc.server import start_server

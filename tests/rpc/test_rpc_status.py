@@ -4,7 +4,7 @@ from rpc_kit import details_of, gives, says, serving, spec, status_of, trailers_
 from structlog.testing import capture_logs
 
 from headrace.backends import errors
-from headrace.backends.types import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
 from headrace.server.rpc.calls import REQUEST_ID_KEY, USAGE_KEY
 from headrace.server.rpc.status import TABLE, failure_of
 from headrace.v1 import generation_pb2 as pb

@@ -29,17 +29,10 @@ from headrace.backends.errors import (
     QueueTimeout,
     UnsupportedOption,
 )
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
 from headrace.backends.scripted import ByteTokenizer
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
-    ChoiceFinish,
-    Delta,
-    Events,
-    FinishReason,
-    Handler,
-    StreamEnd,
-)
+from headrace.backends.types import Call, Events, Handler
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.middleware.attempts import attempt
 from headrace.server.middleware.resolve import resolve
 from headrace.server.middleware.tokenize import tokenize

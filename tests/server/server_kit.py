@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from headrace.backends.errors import Unauthenticated
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Credentials,
-    Delta,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    Handler,
-    Input,
-    Principal,
-    TextInput,
-)
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason
+from headrace.backends.requests import GenerateRequest, Input, TextInput
+from headrace.backends.types import Call, Credentials, Handler, Principal
 from headrace.server.app import App, running_app
 from headrace.server.config import Settings
 from headrace.server.middleware.authentication import Authenticates

@@ -22,7 +22,10 @@ from headrace.backends.errors import (
     ProviderRefused,
     UnsupportedOption,
 )
-from headrace.backends.types import AttemptOutcome, Call, Delta, Stopping
+from headrace.backends.events import Delta
+from headrace.backends.requests import Stopping
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.routing.breaker import State
 from headrace.server.routing.judgement import Judgement, judge
 from headrace.server.routing.routes import BreakerOptions, RetryOptions

@@ -16,7 +16,7 @@ import pytest
 import structlog
 from keys_kit import NOW, Caller, key_server, keys_settings, operate
 
-from headrace.backends.types import LatencyClass
+from headrace.backends.requests import LatencyClass
 from headrace.server.accounting import tenants
 from headrace.server.accounting.plans import Limits
 from headrace.server.accounting.tenants import create_key, create_tenant

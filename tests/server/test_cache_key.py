@@ -12,8 +12,21 @@ from typing import Any
 
 import pytest
 
-from headrace.backends import formats, types
+from headrace.backends import formats
 from headrace.backends.api import DeterminismClass, ModelCard
+from headrace.backends.requests import (
+    ChatInput,
+    ChatMessage,
+    GenerateRequest,
+    LatencyClass,
+    ResponseCaching,
+    Role,
+    Sampling,
+    Scheduling,
+    Scoring,
+    TextInput,
+)
+from headrace.backends.types import Prompt, Target
 from headrace.server.caching.keys import LEFT_OUT, flight_key_of, is_deterministic, key_of
 
 
@@ -30,12 +43,12 @@ class Model:
     def close(self) -> None: ...
 
 
-CHAT = types.ChatInput((types.ChatMessage(types.Role.USER, "hello"),))
-REQUEST = types.GenerateRequest(input=CHAT, model="tiny", idempotency_key="a")
-TARGET = types.Target(model=Model(), prompt=types.Prompt("hello", (1, 2)), max_new_tokens=16)
+CHAT = ChatInput((ChatMessage(Role.USER, "hello"),))
+REQUEST = GenerateRequest(input=CHAT, model="tiny", idempotency_key="a")
+TARGET = Target(model=Model(), prompt=Prompt("hello", (1, 2)), max_new_tokens=16)
 
 OTHER_VALUES: dict[str, Any] = {
-    "input": types.TextInput("hello"),
+    "input": TextInput("hello"),
     "model": "other",
     "idempotency_key": "b",
     "sampling.temperature": 0.5,
@@ -59,18 +72,18 @@ OTHER_VALUES: dict[str, Any] = {
     "reasoning.enabled": False,
     "reasoning.max_reasoning_tokens": 1,
     "reasoning.include_text": False,
-    "scoring": types.Scoring(),
+    "scoring": Scoring(),
     "response.logprobs": True,
     "response.top_logprobs": 1,
     "response.token_ids": True,
     "response.echo": True,
     "response.usage_interval": 1,
-    "scheduling": types.Scheduling(priority=1),
+    "scheduling": Scheduling(priority=1),
     "seed": 1,
     "strict": True,
     "clamp_to_budget": True,
     "use_prefix_cache": False,
-    "response_caching": types.ResponseCaching(ttl=1.0, max_age=1.0, no_store=True, enabled=True),
+    "response_caching": ResponseCaching(ttl=1.0, max_age=1.0, no_store=True, enabled=True),
     "extensions": {"a": {"b": 1}},
     "options": frozenset({"sampling.top_p"}),
 }
@@ -87,7 +100,7 @@ def paths(value: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def with_value(request: types.GenerateRequest, path: str, value: Any) -> types.GenerateRequest:
+def with_value(request: GenerateRequest, path: str, value: Any) -> GenerateRequest:
     name, _, inner = path.partition(".")
     if not inner:
         return replace(request, **{name: value})
@@ -97,7 +110,7 @@ def with_value(request: types.GenerateRequest, path: str, value: Any) -> types.G
     return replace(request, **{name: replace(base, **{inner: value})})
 
 
-def key(request: types.GenerateRequest = REQUEST, target: types.Target = TARGET, tenant: str = "acme") -> bytes:
+def key(request: GenerateRequest = REQUEST, target: Target = TARGET, tenant: str = "acme") -> bytes:
     return key_of(request, target, tenant=tenant)
 
 
@@ -117,7 +130,7 @@ def test_a_field_is_in_the_key_unless_there_is_a_reason_that_it_cannot_change_an
     "target",
     [
         replace(TARGET, max_new_tokens=17),
-        replace(TARGET, prompt=types.Prompt("hello", (1, 3))),
+        replace(TARGET, prompt=Prompt("hello", (1, 3))),
         replace(TARGET, prompt=None),
         replace(TARGET, candidates=((1,),)),
         *(
@@ -134,12 +147,12 @@ def test_a_field_is_in_the_key_unless_there_is_a_reason_that_it_cannot_change_an
         ),
     ],
 )
-def test_a_model_in_another_state_or_another_prompt_is_another_key(target: types.Target) -> None:
+def test_a_model_in_another_state_or_another_prompt_is_another_key(target: Target) -> None:
     assert key(target=target) != key()
 
 
 def test_a_namespace_and_a_tenant_have_keys_of_their_own() -> None:
-    inside = replace(REQUEST, response_caching=types.ResponseCaching(namespace="a"))
+    inside = replace(REQUEST, response_caching=ResponseCaching(namespace="a"))
     assert len({key(), key(inside), key(tenant="other"), key(inside, tenant="other")}) == 4
 
 
@@ -161,12 +174,12 @@ def test_that_an_option_was_set_counts_where_its_value_does(option: str, is_in: 
 
 
 def test_a_run_is_shared_by_those_alone_that_are_as_urgent_and_leave_the_same_behind() -> None:
-    def flight(request: types.GenerateRequest = REQUEST, *targets: types.Target) -> bytes:
+    def flight(request: GenerateRequest = REQUEST, *targets: Target) -> bytes:
         return flight_key_of(request, targets or (TARGET,), key(request))
 
     others = [
-        flight(replace(REQUEST, scheduling=types.Scheduling(latency_class=types.LatencyClass.VOICE))),
-        flight(replace(REQUEST, response_caching=types.ResponseCaching(no_store=True))),
+        flight(replace(REQUEST, scheduling=Scheduling(latency_class=LatencyClass.VOICE))),
+        flight(replace(REQUEST, response_caching=ResponseCaching(no_store=True))),
         flight(REQUEST, TARGET, replace(TARGET, model=Model(replace(Model().card, name="second")))),
     ]
     assert len({flight(), *others}) == 4
@@ -191,8 +204,8 @@ def test_no_two_tenants_ever_have_a_key_in_common() -> None:
     tenants: dict[str, set[bytes]] = {"acme": set(), "zeta": set()}
     requests = [
         (
-            types.GenerateRequest(input=types.TextInput(text), seed=seed),
-            types.Target(model=TARGET.model, prompt=types.Prompt(text, tuple(text.encode())), max_new_tokens=8),
+            GenerateRequest(input=TextInput(text), seed=seed),
+            Target(model=TARGET.model, prompt=Prompt(text, tuple(text.encode())), max_new_tokens=8),
         )
         for text in map("".join, itertools.chain(*(itertools.product("ab", repeat=length) for length in range(1, 5))))
         for seed in range(4)
@@ -208,13 +221,13 @@ def test_no_two_tenants_ever_have_a_key_in_common() -> None:
 @pytest.mark.parametrize(
     ("changes", "determinism", "is_one"),
     [
-        ({"sampling": types.Sampling(temperature=0.0)}, DeterminismClass.BIT_EXACT, True),
-        ({"sampling": types.Sampling(temperature=0.0)}, DeterminismClass.STRICT, True),
-        ({"sampling": types.Sampling(temperature=0.0)}, DeterminismClass.BEST_EFFORT, False),
-        ({"sampling": types.Sampling(temperature=0.5)}, DeterminismClass.BIT_EXACT, False),
-        ({"sampling": types.Sampling(temperature=0.5), "seed": 0}, DeterminismClass.BIT_EXACT, True),
+        ({"sampling": Sampling(temperature=0.0)}, DeterminismClass.BIT_EXACT, True),
+        ({"sampling": Sampling(temperature=0.0)}, DeterminismClass.STRICT, True),
+        ({"sampling": Sampling(temperature=0.0)}, DeterminismClass.BEST_EFFORT, False),
+        ({"sampling": Sampling(temperature=0.5)}, DeterminismClass.BIT_EXACT, False),
+        ({"sampling": Sampling(temperature=0.5), "seed": 0}, DeterminismClass.BIT_EXACT, True),
         ({"seed": 0}, DeterminismClass.BEST_EFFORT, False),
-        ({"scoring": types.Scoring()}, DeterminismClass.BIT_EXACT, True),
+        ({"scoring": Scoring()}, DeterminismClass.BIT_EXACT, True),
         # What it does without a temperature is its own.
         ({}, DeterminismClass.BIT_EXACT, False),
     ],

@@ -17,17 +17,9 @@ from headrace.backends.errors import (
     Unauthenticated,
     UnsupportedOption,
 )
-from headrace.backends.types import (
-    ANONYMOUS,
-    ChatInput,
-    ChatMessage,
-    Cost,
-    Principal,
-    Role,
-    Stopping,
-    TokenIdsInput,
-    Usage,
-)
+from headrace.backends.requests import ChatInput, ChatMessage, Role, Stopping, TokenIdsInput
+from headrace.backends.types import ANONYMOUS, Principal
+from headrace.backends.usage import Cost, Usage
 from headrace.server.accounting.charges import charge_nanos
 from headrace.server.app import App
 from headrace.server.config import SettingsError
@@ -43,8 +35,10 @@ from headrace.backends.api import API_VERSION, Capabilities, DeterminismClass, M
 from headrace.backends.components import Place
 from headrace.backends.errors import BackendError, Unauthenticated
 from headrace.backends.hookspecs import hookimpl
-from headrace.backends.types import (
-    AttemptOutcome, ChoiceFinish, Delta, FinishReason, Principal, StreamEnd, TextInput)
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.requests import TextInput
+from headrace.backends.types import Principal
+from headrace.backends.usage import AttemptOutcome
 
 class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -4,7 +4,8 @@ import pytest
 from server_kit import app_with, call, events_of
 
 from headrace.backends.errors import PermissionDenied
-from headrace.backends.types import Call, Credentials, LatencyClass, Principal, Scheduling
+from headrace.backends.requests import LatencyClass, Scheduling
+from headrace.backends.types import Call, Credentials, Principal
 from headrace.server.app import App
 
 VOICE, CHAT, BATCH = LatencyClass.VOICE, LatencyClass.CHAT, LatencyClass.BATCH

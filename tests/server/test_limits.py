@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from server_kit import call, events_of
 
 from headrace.backends.errors import PermissionDenied, RateLimited
-from headrace.backends.types import Call, Events, Principal, StreamEnd
+from headrace.backends.events import StreamEnd
+from headrace.backends.types import Call, Events, Principal
 from headrace.server.accounting.accounts import Terms
 from headrace.server.accounting.plans import UNLIMITED, Limits
 from headrace.server.accounting.records import Account

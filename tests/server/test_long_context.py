@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from server_kit import call, events_of, until
 
+from headrace.backends.events import Delta, Event
 from headrace.backends.onnx.model import OnnxModel
-from headrace.backends.types import Call, Delta, Event, ResponseOptions, Stopping, TextInput, TokenIdsInput
+from headrace.backends.requests import ResponseOptions, Stopping, TextInput, TokenIdsInput
+from headrace.backends.types import Call
 from headrace.server.app import running_app
 from headrace.server.config import Settings
 from tests.backends.test_onnx_kv import physical_bytes

@@ -19,24 +19,18 @@ from headrace.backends.errors import (
     Unauthenticated,
     UnsupportedOption,
 )
-from headrace.backends.types import (
-    ANONYMOUS,
-    Call,
+from headrace.backends.events import Delta, FinishReason, StreamEnd
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Credentials,
-    Delta,
-    Events,
-    FinishReason,
     InfillInput,
-    Principal,
     ResponseOptions,
     Role,
     Sampling,
     Stopping,
-    StreamEnd,
     TokenIdsInput,
 )
+from headrace.backends.types import ANONYMOUS, Call, Credentials, Events, Principal
 from headrace.server.accounting.accounts import Accounts
 from headrace.server.middleware.authentication import AllowAnonymous, authenticate
 from headrace.server.middleware.ceilings import CallCeiling

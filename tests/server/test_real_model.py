@@ -8,13 +8,10 @@ from pathlib import Path
 
 from server_kit import call, events_of, reason_of, text_of
 
-from headrace.backends.types import (
-    Call,
+from headrace.backends.events import Delta, Event, FinishReason
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Delta,
-    Event,
-    FinishReason,
     Input,
     ResponseOptions,
     Role,
@@ -22,6 +19,7 @@ from headrace.backends.types import (
     Stopping,
     TextInput,
 )
+from headrace.backends.types import Call
 from headrace.server.app import running_app
 from headrace.server.config import Settings
 

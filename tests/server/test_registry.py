@@ -14,17 +14,11 @@ from server_kit import app_with, call, events_of, reason_of, settings, text_of, 
 
 from headrace.backends.api import API_VERSION, BackendContext, DeterminismClass, ModelCard
 from headrace.backends.errors import BackendError, BackendUnavailable, Loading
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.requests import Stopping, TokenIdsInput
 from headrace.backends.scripted import ScriptedBackend, ScriptedModelOptions, ScriptedOptions
-from headrace.backends.types import (
-    AttemptOutcome,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    Principal,
-    Stopping,
-    StreamEnd,
-    TokenIdsInput,
-)
+from headrace.backends.types import Principal
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.app import App
 from headrace.server.config import SettingsError
 from headrace.server.registry import ModelRegistry, ModelState
@@ -107,7 +101,9 @@ async def test_a_whole_call_is_metered_to_the_token_and_carries_all_of_them() ->
 
 async def test_a_whole_call_that_goes_away_or_fails_is_metered_as_such() -> None:
     async with app_with({"whole": {"kind": "call", "seconds_per_step": 0.001}}) as app:
-        running = app.generate(made := call())
+        made = call()
+        made.is_streamed = True
+        running = app.generate(made)
         await anext(running)
         await running.aclose()
         assert made.meter.attempts[0].outcome is AttemptOutcome.CANCELLED

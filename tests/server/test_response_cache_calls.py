@@ -13,7 +13,8 @@ import pytest
 from prometheus_client import generate_latest
 from sqlalchemy import select
 
-from headrace.backends.types import CacheStatus, Scoring
+from headrace.backends.requests import Scoring
+from headrace.backends.usage import CacheStatus
 from headrace.server.accounting.clock import month_of
 from headrace.server.accounting.schema import daily_usage
 from headrace.v1 import accounting_pb2, accounting_pb2_grpc

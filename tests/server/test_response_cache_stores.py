@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from headrace.backends import types
-from headrace.backends.types import ChoiceFinish, Delta, FinishReason, GenerateRequest, Scored, Scoring, TextInput
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, Scored, TokenLogprob, ToolCallDelta, TopLogprob
+from headrace.backends.requests import GenerateRequest, Scoring, TextInput
+from headrace.backends.usage import Usage
 from headrace.server.cache_target import check_target, shown
 from headrace.server.caching.entries import CLEAN, StoredAnswer, from_bytes, is_whole, to_bytes
 from headrace.server.caching.memory_store import MemoryStore
@@ -247,7 +248,7 @@ SCORING = GenerateRequest(input=TextInput("hello"), scoring=Scoring(candidates=(
 DELTA, FINISH = Delta(0, "a", (1,)), ChoiceFinish(0, FinishReason.EOS_TOKEN)
 WHOLE = (DELTA, FINISH, replace(DELTA, choice=1), replace(FINISH, choice=1))
 SCORES = (Scored(1, -1.0, 1), Scored(0, -1.0, 1))
-LOGPROB = types.TokenLogprob(1, b"a", -1.0, (types.TopLogprob(None, b"b", -2.0),))
+LOGPROB = TokenLogprob(1, b"a", -1.0, (TopLogprob(None, b"b", -2.0),))
 
 
 def test_an_answer_is_whole_when_every_choice_has_its_finish() -> None:
@@ -268,7 +269,7 @@ def test_an_answer_is_whole_when_every_choice_has_its_finish() -> None:
         (TWO, (replace(DELTA, choice=5), *WHOLE)),
         (TWO, (replace(DELTA, token_ids=(-1,)), *WHOLE)),
         (TWO, (replace(DELTA, token_ids=(2**40,)), *WHOLE)),
-        (TWO, (replace(DELTA, tool_calls=(types.ToolCallDelta(-1),)), *WHOLE)),
+        (TWO, (replace(DELTA, tool_calls=(ToolCallDelta(-1),)), *WHOLE)),
         (TWO, (replace(DELTA, logprobs=(replace(LOGPROB, token_id=-1),)), *WHOLE)),
         (TWO, (*WHOLE[:-1], ChoiceFinish(1, FinishReason.EOS_TOKEN, seed=2**64))),
         (TWO, (*WHOLE[:-1], ChoiceFinish(1, FinishReason.STOP_TOKEN, stop_token_id=-1))),
@@ -291,7 +292,7 @@ def test_only_answers_that_ended_for_reasons_of_their_own_are_whole(reason: Fini
 
 def test_the_size_of_an_answer_grows_with_what_is_in_it() -> None:
     assert stored("a" * 1000).size >= stored("a").size + 999
-    assert StoredAnswer(events=(), backend="", usage=types.Usage(), made_at=0).size > 0
+    assert StoredAnswer(events=(), backend="", usage=Usage(), made_at=0).size > 0
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

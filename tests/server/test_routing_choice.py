@@ -22,14 +22,8 @@ from headrace.backends.errors import (
     ModelNotFound,
     UnsupportedOption,
 )
-from headrace.backends.types import (
-    GenerateRequest,
-    LatencyClass,
-    Principal,
-    Scheduling,
-    Stopping,
-    TextInput,
-)
+from headrace.backends.requests import GenerateRequest, LatencyClass, Scheduling, Stopping, TextInput
+from headrace.backends.types import Principal
 from headrace.server.registry import ModelState, Served
 from headrace.server.routing.choice import Candidate, choose, shuffled
 from headrace.server.routing.routes import Mode, TargetOptions, check_routes

@@ -8,8 +8,9 @@ import pytest
 from server_kit import call, events_of
 
 from headrace.backends.errors import UnsupportedOption
+from headrace.backends.events import ChoiceFinish, FinishReason
 from headrace.backends.onnx.build import build_bundle
-from headrace.backends.types import ChoiceFinish, FinishReason, InfillInput, Stopping
+from headrace.backends.requests import InfillInput, Stopping
 from headrace.server.app import running_app
 from headrace.server.config import Settings
 from tests.onnx import tiny

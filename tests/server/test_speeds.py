@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from headrace.backends.types import Call, GenerateRequest, Scoring, TextInput
+from headrace.backends.requests import GenerateRequest, Scoring, TextInput
+from headrace.backends.types import Call
 from headrace.server.speeds import ModelSpeed, RecentSpeeds
 from tests.rpc.rpc_kit import TinyModel
 

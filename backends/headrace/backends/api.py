@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from headrace.backends.dialect import ChatDialect
-from headrace.backends.types import Call, ChatInput, Events
+from headrace.backends.requests import ChatInput
+from headrace.backends.types import Call, Events
 
 API_VERSION = (1, 0)
 """A plugin built for another major version is refused."""
@@ -207,6 +208,9 @@ class DrawOptions:
 class Logits(Protocol):
     """The logits of one step: for each ``Row`` its ``num_logits``, in order. Valid until the
     model's next step.
+
+    Where whole rows are dear, as on a device, there may be a method ``logit(index, token_id)`` too: one of a row, as it
+    is now. Rows are then asked for only where they are edited or reported.
     """
 
     def row(self, index: int) -> NDArray[np.float32]:

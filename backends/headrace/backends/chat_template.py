@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.backends.dialect import ChatDialect, Mark, read_dialect
 from headrace.backends.errors import InvalidArgument
-from headrace.backends.types import ChatInput, ChatMessage, ToolChoiceMode, ToolDefinition
+from headrace.backends.requests import ChatInput, ChatMessage, ToolChoiceMode, ToolDefinition
 
 _GUARDS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 """Noncharacters: Unicode keeps them for uses like this one, so they are hardly ever in a text."""

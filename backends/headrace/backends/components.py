@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from headrace.backends.api import Tokenizer
-from headrace.backends.types import Attempt, Cost, Credentials, Handler, Principal, Usage
+from headrace.backends.types import Credentials, Handler, Principal
+from headrace.backends.usage import Attempt, Cost, Usage
 
 
 class Component(Protocol):

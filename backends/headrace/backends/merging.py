@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from headrace.backends.errors import HeadraceError
-from headrace.backends.types import Delta, Event
+from headrace.backends.events import Delta, Event
 
 
 def merged(events: Iterable[Event]) -> Iterator[Event]:

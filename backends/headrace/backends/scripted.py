@@ -41,19 +41,12 @@ from headrace.backends.api import (
 from headrace.backends.chat_template import ChatTemplate
 from headrace.backends.dialect import PLAIN, Mark
 from headrace.backends.errors import BackendError, ModelNotFound
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
 from headrace.backends.hookspecs import hookimpl
 from headrace.backends.logits import HostLogits
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
-    ChatInput,
-    ChoiceFinish,
-    Delta,
-    Events,
-    FinishReason,
-    StreamEnd,
-    Usage,
-)
+from headrace.backends.requests import ChatInput
+from headrace.backends.types import Call, Events
+from headrace.backends.usage import AttemptOutcome, Usage
 
 EOS = 256
 VOCABULARY_SIZE = 257

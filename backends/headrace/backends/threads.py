@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
-from headrace.backends.types import Call, Event, Events
+from headrace.backends.events import Event
+from headrace.backends.types import Call, Events
 
 BlockingGenerate = Callable[[Call], Generator[Event, None, None]]
 """What ``Handler`` is, in blocking code."""

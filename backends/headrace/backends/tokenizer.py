@@ -18,7 +18,7 @@ from headrace.backends.api import Encoding
 from headrace.backends.chat_template import ChatTemplate
 from headrace.backends.dialect import PLAIN, Mark
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
-from headrace.backends.types import ChatInput
+from headrace.backends.requests import ChatInput
 
 if TYPE_CHECKING:
     from headrace.backends.onnx.bundle import Manifest

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from headrace.backends.types import LatencyClass
+from headrace.backends.requests import LatencyClass
 from headrace.cli.errors import CliError
 from headrace.cli.ledger_options import ledger_options, open_database
 from headrace.cli.output import write_json, write_table

@@ -17,7 +17,7 @@ from headrace.cli.progress import show_progress
 if TYPE_CHECKING:
     from headrace.backends.onnx.bundle import Manifest
 
-Quantization = Literal["int8", "int4", "w8a8", "fp32"]
+Quantization = Literal["int8", "int4", "w8a8", "fp16", "bf16", "fp32"]
 
 
 models_dir_option = click.option(
@@ -47,7 +47,8 @@ models_dir_option = click.option(
     type=click.Choice(get_args(Quantization)),
     default="int8",
     show_default=True,
-    help="int8: nearly lossless. w8a8: fastest for many streams and long prompts, at some loss. fp32: the reference.",
+    help="int8: nearly lossless. w8a8: fastest for many streams and long prompts, at some loss. fp16, bf16: for GPUs. "
+    "fp32: the reference.",
 )
 @models_dir_option
 @click.option("--if-missing", is_flag=True, help="Do nothing if the model is there.")

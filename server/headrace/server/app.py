@@ -36,6 +36,7 @@ from headrace.server.middleware.attempts import attempt
 from headrace.server.middleware.authentication import AllowAnonymous, Authenticates, KeyAuthenticator, authenticate
 from headrace.server.middleware.ceilings import CallCeiling
 from headrace.server.middleware.entitlements import entitle
+from headrace.server.middleware.gathering import gather
 from headrace.server.middleware.idempotency import Idempotency
 from headrace.server.middleware.limits import RateLimits
 from headrace.server.middleware.reporting import UsageReporter
@@ -125,7 +126,7 @@ class App:
         )
         self._usage_events = self._make_usage_events(now)
         self._response_cache = self._make_response_cache(now)
-        self._run = account(backend, accounting=self.accounting, limits=self._limits)
+        self._run = account(gather(backend), accounting=self.accounting, limits=self._limits)
         self._run = without_cache(self._run) if self._response_cache is None else self._response_cache.cache(self._run)
         # Innermost first.
         handler = self._reporter.report(self._prepare)

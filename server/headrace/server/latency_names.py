@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from headrace.backends.types import LatencyClass
+from headrace.backends.requests import LatencyClass
 
 
 def _latency_class(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.backends.api import DeterminismClass, ModelCard
-from headrace.backends.types import Sampling
+from headrace.backends.requests import Sampling
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 from headrace.server.registry import ModelState, Served
 from headrace.server.routing.breaker import State

@@ -6,26 +6,21 @@ from dataclasses import replace
 import pytest
 
 from headrace.backends.errors import InvalidArgument
-from headrace.backends.types import (
-    Call,
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, StreamEnd
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    ChoiceFinish,
-    Delta,
-    Event,
-    Events,
-    FinishReason,
     GenerateRequest,
     InfillInput,
     Input,
     Role,
     Scoring,
-    StreamEnd,
     TextInput,
     TokenIdsInput,
     ToolCall,
     ToolDefinition,
 )
+from headrace.backends.types import Call, Events
 from headrace.server.plugins import load_plugins
 from headrace_redaction.finders import Kind
 from headrace_redaction.middleware import Redaction, RedactionOptions, redact_request

@@ -9,9 +9,12 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from headrace.backend.v1 import backend_pb2 as pb
-from headrace.backends import types
 from headrace.backends.api import DeterminismClass, ModelCard
 from headrace.backends.errors import BackendError
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, TokenLogprob, ToolCallDelta, TopLogprob
+from headrace.backends.requests import ChatInput, ExpiryAction, LatencyClass, NamedTool, Role, ToolChoiceMode
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 from headrace.v1 import generation_pb2 as public
 
 CARRIED_OPTIONS = frozenset(
@@ -66,28 +69,26 @@ CARRIED_OPTIONS = frozenset(
 """What ``to_request`` hands over. A worker that declares another option is refused: it would never see it."""
 
 _ROLES = {
-    types.Role.SYSTEM: public.ROLE_SYSTEM,
-    types.Role.USER: public.ROLE_USER,
-    types.Role.ASSISTANT: public.ROLE_ASSISTANT,
-    types.Role.TOOL: public.ROLE_TOOL,
+    Role.SYSTEM: public.ROLE_SYSTEM,
+    Role.USER: public.ROLE_USER,
+    Role.ASSISTANT: public.ROLE_ASSISTANT,
+    Role.TOOL: public.ROLE_TOOL,
 }
 _LATENCY_CLASSES = {
-    types.LatencyClass.VOICE: public.LATENCY_CLASS_VOICE,
-    types.LatencyClass.CHAT: public.LATENCY_CLASS_CHAT,
-    types.LatencyClass.BATCH: public.LATENCY_CLASS_BATCH,
+    LatencyClass.VOICE: public.LATENCY_CLASS_VOICE,
+    LatencyClass.CHAT: public.LATENCY_CLASS_CHAT,
+    LatencyClass.BATCH: public.LATENCY_CLASS_BATCH,
 }
-_REASONS = {public.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in types.FinishReason}
+_REASONS = {public.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
 _TOOL_CHOICE_MODES = {
-    types.ToolChoiceMode.AUTO: public.TOOL_CHOICE_MODE_AUTO,
-    types.ToolChoiceMode.NONE: public.TOOL_CHOICE_MODE_NONE,
-    types.ToolChoiceMode.REQUIRED: public.TOOL_CHOICE_MODE_REQUIRED,
+    ToolChoiceMode.AUTO: public.TOOL_CHOICE_MODE_AUTO,
+    ToolChoiceMode.NONE: public.TOOL_CHOICE_MODE_NONE,
+    ToolChoiceMode.REQUIRED: public.TOOL_CHOICE_MODE_REQUIRED,
 }
-_COUNTS = [
-    field.name for field in dataclasses.fields(types.Usage) if field.name not in {"sent_output_tokens", "estimated"}
-]
+_COUNTS = [field.name for field in dataclasses.fields(Usage) if field.name not in {"sent_output_tokens", "estimated"}]
 
 
-def to_request(call: types.Call, *, tokenized: bool, now: float) -> pb.GenerateRequest:
+def to_request(call: Call, *, tokenized: bool, now: float) -> pb.GenerateRequest:
     """What a worker gets of a call; ``tokenized`` says whether its model has a tokenizer."""
     assert call.model is not None
     assert call.prompt is not None
@@ -95,7 +96,7 @@ def to_request(call: types.Call, *, tokenized: bool, now: float) -> pb.GenerateR
     spec = public.GenerationSpec(request_id=call.request_id, model=call.model.card.name)
     if tokenized:
         spec.token_ids.ids.extend(call.prompt.token_ids)
-    elif isinstance(request.input, types.ChatInput):
+    elif isinstance(request.input, ChatInput):
         spec.chat.CopyFrom(to_chat(request.input))
     else:
         spec.text = call.prompt.text
@@ -108,7 +109,7 @@ def to_request(call: types.Call, *, tokenized: bool, now: float) -> pb.GenerateR
     _fill(spec.response, dataclasses.replace(request.response, echo=False, usage_interval=None))
     scheduling = request.scheduling
     spec.scheduling.latency_class = _LATENCY_CLASSES[scheduling.latency_class]
-    if scheduling.on_expiry is types.ExpiryAction.ERROR:
+    if scheduling.on_expiry is ExpiryAction.ERROR:
         spec.scheduling.on_expiry = public.EXPIRY_ACTION_ERROR
     if scheduling.priority:
         spec.scheduling.priority = scheduling.priority
@@ -124,7 +125,7 @@ def to_request(call: types.Call, *, tokenized: bool, now: float) -> pb.GenerateR
     return pb.GenerateRequest(spec=spec, prompt_text=prompt_text, tenant=call.principal.tenant)
 
 
-def to_chat(chat: types.ChatInput) -> public.ChatInput:
+def to_chat(chat: ChatInput) -> public.ChatInput:
     message = public.ChatInput(
         messages=[
             public.ChatMessage(
@@ -149,9 +150,9 @@ def to_chat(chat: types.ChatInput) -> public.ChatInput:
         add_generation_prompt=chat.add_generation_prompt,
     )
     message.template_arguments.update(chat.template_arguments)
-    if isinstance(chat.tool_choice, types.NamedTool):
+    if isinstance(chat.tool_choice, NamedTool):
         message.tool_choice.name = chat.tool_choice.name
-    elif chat.tool_choice is not types.ToolChoiceMode.AUTO:
+    elif chat.tool_choice is not ToolChoiceMode.AUTO:
         message.tool_choice.mode = _TOOL_CHOICE_MODES[chat.tool_choice]
     return message
 
@@ -200,7 +201,7 @@ def to_determinism(model: pb.Model) -> DeterminismClass:
 class StreamReader:
     """Reads a worker's stream, and insists that it keeps the contract: what breaks it raises BackendError."""
 
-    def __init__(self, call: types.Call, usage: types.Usage) -> None:
+    def __init__(self, call: Call, usage: Usage) -> None:
         """``usage`` is written as counts come."""
         self._usage = usage
         self._unreported = {"input_tokens", "output_tokens"}
@@ -209,7 +210,7 @@ class StreamReader:
         """Of tools, by choice."""
         self._max_output_tokens = call.request.n * call.max_new_tokens
 
-    def read(self, raw: bytes) -> types.Delta | types.ChoiceFinish | None:
+    def read(self, raw: bytes) -> Delta | ChoiceFinish | None:
         """The event of one message, if it has one."""
         try:
             message = pb.GenerateResponse.FromString(raw)
@@ -245,36 +246,34 @@ class StreamReader:
         if (self._usage.output_tokens or 0) > self._max_output_tokens:
             raise _broken(f"{self._usage.output_tokens} output tokens, where {self._max_output_tokens} were allowed")
 
-    def _delta(self, delta: public.Delta) -> types.Delta:
+    def _delta(self, delta: public.Delta) -> Delta:
         logprobs = tuple(
-            types.TokenLogprob(
+            TokenLogprob(
                 _optional(entry, "token_id"),
                 entry.token,
                 entry.logprob,
-                tuple(types.TopLogprob(_optional(top, "token_id"), top.token, top.logprob) for top in entry.top),
+                tuple(TopLogprob(_optional(top, "token_id"), top.token, top.logprob) for top in entry.top),
             )
             for entry in delta.logprobs
         )
         calls = tuple(self._call(delta.choice_index, call) for call in delta.tool_calls)
-        return types.Delta(
-            delta.choice_index, delta.text, tuple(delta.token_ids), logprobs, delta.reasoning_text, calls
-        )
+        return Delta(delta.choice_index, delta.text, tuple(delta.token_ids), logprobs, delta.reasoning_text, calls)
 
-    def _call(self, choice: int, call: public.ToolCallDelta) -> types.ToolCallDelta:
+    def _call(self, choice: int, call: public.ToolCallDelta) -> ToolCallDelta:
         num_calls = self._num_calls[choice]
         if call.index > num_calls or (call.index == num_calls) != (bool(call.id) and bool(call.name)):
             raise _broken(f"tool call {call.index} after {num_calls}; the first part of each has its id and its name")
         if call.index < num_calls:
-            return types.ToolCallDelta(call.index, arguments_json=call.arguments_json)
+            return ToolCallDelta(call.index, arguments_json=call.arguments_json)
         self._num_calls[choice] += 1
-        return types.ToolCallDelta(call.index, call.id, call.name, call.arguments_json)
+        return ToolCallDelta(call.index, call.id, call.name, call.arguments_json)
 
-    def _finish(self, finish: public.ChoiceFinish) -> types.ChoiceFinish:
+    def _finish(self, finish: public.ChoiceFinish) -> ChoiceFinish:
         if finish.reason not in _REASONS:
             raise _broken(f"a finish with reason {finish.reason}")
         self._unfinished.remove(finish.choice_index)
         given = ("stop_sequence", "stop_token_id", "seed")
-        return types.ChoiceFinish(
+        return ChoiceFinish(
             finish.choice_index,
             _REASONS[finish.reason],
             **{name: getattr(finish, name) for name in given if finish.HasField(name)},

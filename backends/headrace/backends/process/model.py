@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict
 from headrace.backend.v1 import backend_pb2 as pb
 from headrace.backends.api import Capabilities, Tokenizer
 from headrace.backends.errors import BackendError, BackendUnavailable, DeadlineExceeded
+from headrace.backends.events import Delta, StreamEnd
 from headrace.backends.process.connection import error_of
 from headrace.backends.process.messages import StreamReader, to_card, to_determinism, to_request
 from headrace.backends.process.tokenizer import WorkerTokenizer
 from headrace.backends.process.worker import Worker
-from headrace.backends.types import AttemptOutcome, Call, Delta, Events, StreamEnd, Usage
+from headrace.backends.types import Call, Events
+from headrace.backends.usage import AttemptOutcome, Usage
 
 _SERVER_OPTIONS = frozenset({"response.usage_interval"})
 """What the server does for every model."""

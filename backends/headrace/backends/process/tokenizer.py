@@ -13,7 +13,7 @@ from headrace.backends.errors import BackendError, BackendUnavailable, Unsupport
 from headrace.backends.process.connection import QUICK_SECONDS, error_of, status_of
 from headrace.backends.process.messages import to_chat
 from headrace.backends.process.worker import Worker
-from headrace.backends.types import ChatInput
+from headrace.backends.requests import ChatInput
 
 _BLOCK = 256
 """Tokens whose bytes are fetched together."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from headrace.backends.types import ChatInput, Delta, GenerateRequest, InfillInput, TextInput, TokenIdsInput, Usage
+from functools import cached_property
+
+from headrace.backends.events import Delta
+from headrace.backends.requests import ChatInput, GenerateRequest, InfillInput, TextInput, TokenIdsInput
+from headrace.backends.usage import Usage
 
 _BYTES_PER_TOKEN = 4
 """Of UTF-8, about, in most tokenizers and languages."""
@@ -22,9 +26,14 @@ class Counting:
         self._output = 0
         usage.input_tokens = usage.output_tokens = 0
 
+    @cached_property
+    def estimated_input(self) -> int:
+        """Tokens."""
+        return estimated_input(self._request)
+
     def sent(self) -> None:
         """The request goes out: whoever has it may bill it."""
-        self._input = estimated_input(self._request)
+        self._input = self.estimated_input
         self._write(is_final=False)
 
     def refused(self) -> None:

@@ -6,15 +6,17 @@ when a stream breaks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
+from headrace.backends.events import Event
 from headrace.backends.remote.options import RemoteModelOptions
 from headrace.backends.remote.sse import ServerSentEvent
-from headrace.backends.types import Call, Event, Usage
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +58,34 @@ class StreamFailed(Exception):
         self.status = status
 
 
-class Dialect(Protocol):
+class Extension(BaseModel):
+    """The shape of ``extensions[name]``: what a provider has and our API has not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
     """One API of a provider."""
 
-    name: ClassVar[str]
+    name: str
     """As the settings have it."""
-    base_url: ClassVar[str | None]
+    base_url: str | None = None
     """Where the provider itself is; ``None``: the settings must say it."""
-    options: ClassVar[frozenset[str]]
+    options: frozenset[str]
     """Paths of the request's fields that it can say (``Capabilities.options``); any other is refused by name."""
-    max_n: ClassVar[int]
-    max_top_logprobs: ClassVar[int]
-    extension: ClassVar[type[BaseModel] | None]
-    """The shape of ``extensions[name]``: what the provider has and our API has not."""
-
-    def headers(self, key: str | None) -> Mapping[str, str]:
-        """Those of every request. ``key`` is the provider's."""
-
-    def path(self, model: RemoteModelOptions) -> str:
-        """Where answers are asked for, below the base URL; ``"/chat/completions"``."""
-
-    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-        """What is asked for, as JSON. ``call.max_new_tokens`` is the limit, always. Raises InvalidArgument or
-        UnsupportedOption for what the provider cannot do in this way.
-        """
-
-    def reader(self, call: Call, usage: Usage) -> AnswerReader:
-        """``usage`` is for the provider's counts; every one is ``None``."""
-
-    def problem(self, body: bytes) -> Problem:
-        """What the body of an error says. Never raises."""
+    max_n: int = 1
+    max_top_logprobs: int = 0
+    extension: type[Extension] | None = None
+    headers: Callable[[str | None], Mapping[str, str]]
+    """Those of every request, by the provider's key."""
+    path: Callable[[RemoteModelOptions], str]
+    """Where answers are asked for, below the base URL; ``"/chat/completions"``."""
+    body: Callable[[Call, RemoteModelOptions], dict[str, Any]]
+    """What is asked for, as JSON. ``call.max_new_tokens`` is the limit, always. Raises InvalidArgument or
+    UnsupportedOption for what the provider cannot do in this way.
+    """
+    reader: Callable[[Call, Usage], AnswerReader]
+    """The usage is for the provider's counts; every one is ``None``."""
+    problem: Callable[[bytes], Problem]
+    """What the body of an error says. Never raises."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
@@ -15,26 +14,19 @@ import aiohttp
 from multidict import CIMultiDict
 
 from headrace.backends.api import Capabilities, DeterminismClass, ModelCard, Tokenizer
-from headrace.backends.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ProviderLimited, QueueTimeout
+from headrace.backends.errors import DeadlineExceeded, HeadraceError, ProviderLimited, QueueTimeout
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, StreamEnd
 from headrace.backends.remote import failures
 from headrace.backends.remote.counting import Counting
+from headrace.backends.remote.encoding import encoded
 from headrace.backends.remote.options import CancelPolicy, RemoteModelOptions
 from headrace.backends.remote.provider import Provider
 from headrace.backends.remote.stream import AnswerStream
 from headrace.backends.remote.transport import HttpClient, finish, read_some
 from headrace.backends.remote.waiting import TimeLimitPassed, Waiting
-from headrace.backends.types import (
-    AttemptOutcome,
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
-    Events,
-    ExpiryAction,
-    FinishReason,
-    Meter,
-    StreamEnd,
-)
+from headrace.backends.requests import ExpiryAction
+from headrace.backends.types import Call, Events
+from headrace.backends.usage import AttemptOutcome, Meter
 
 OWN_OPTIONS = frozenset(
     {
@@ -50,6 +42,8 @@ OWN_OPTIONS = frozenset(
 answers are handed over.
 """
 _MAX_ERROR_BYTES = 65_536
+_LONG = 16_384
+"""Tokens, about, of an input whose JSON takes its time."""
 
 
 class RemoteModel:
@@ -67,7 +61,7 @@ class RemoteModel:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Blocks while it reads the authorities of certificates; connects to nobody. ``clock`` is that of calls."""
+        """Connects to nobody. ``clock`` is that of calls."""
         dialect, settings = provider.dialect, provider.options
         self.card = card
         self.determinism = (
@@ -88,7 +82,7 @@ class RemoteModel:
             provider.url(options),
             connect_seconds=settings.connect_seconds,
             proxy=settings.proxy,
-            ca_file=settings.ca_file,
+            tls=provider.tls,
         )
 
     def problem(self) -> str | None:
@@ -135,7 +129,7 @@ class RemoteModel:
         headers = CIMultiDict(provider.dialect.headers(provider.keys.of(call.principal.tenant)))
         headers.update(settings.headers)
         body = _filled(provider.dialect.body(call, self._options), self._options.extra_body)
-        raw = _json(body)
+        raw = await encoded(body, is_long=counting.estimated_input > _LONG)
         waiting = Waiting(call, provider.name, self._clock)
         await self._enter(call, waiting)
         try:
@@ -258,14 +252,6 @@ def _filled(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(body[name], dict) and isinstance(extra[name], dict):
             filled[name] = _filled(body[name], extra[name])
     return filled
-
-
-def _json(body: dict[str, Any]) -> bytes:
-    """In ASCII: what a caller's own JSON escapes, such as half a character, goes on as an escape."""
-    try:
-        return json.dumps(body, separators=(",", ":")).encode()
-    except RecursionError as error:
-        raise InvalidArgument("request", "is nested too deeply") from error
 
 
 def _queued_too_long(refusal: Callable[[], ProviderLimited]) -> HeadraceError:

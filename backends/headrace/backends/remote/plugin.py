@@ -14,9 +14,11 @@ What is offered is what the settings say: nobody is asked when the server starts
 from __future__ import annotations
 
 import difflib
+import ssl
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -41,7 +43,7 @@ class RemoteBackend:
     dialects: ClassVar[Mapping[str, Dialect]] = DIALECTS
 
     def __init__(self, options: RemoteOptions, context: BackendContext) -> None:  # noqa: ARG002  # the contract's
-        """Raises BackendError for settings that cannot be, by their path."""
+        """Reads the authorities of certificates. Raises BackendError for settings that cannot be, by their path."""
         self._models: dict[str, tuple[Provider, RemoteModelOptions]] = {}
         for name, one in options.providers.items():
             provider = self._provider(name, one)
@@ -59,17 +61,12 @@ class RemoteBackend:
         return [_card(name, provider, options) for name, (provider, options) in self._models.items()]
 
     def load(self, name: str) -> WholeCallModel:
-        """Reads the authorities of certificates. Raises BackendError if that fails."""
         if name not in self._models:
             raise ModelNotFound(name, tuple(self._models))
         from headrace.backends.remote.model import RemoteModel  # needs aiohttp, which not every server has
 
         provider, options = self._models[name]
-        try:
-            return RemoteModel(_card(name, provider, options), options, provider)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise BackendError(f"providers.{provider.name}.ca_file: cannot be read: {reason}") from error
+        return RemoteModel(_card(name, provider, options), options, provider)
 
     def _provider(self, name: str, options: ProviderOptions) -> Provider:
         dialect = self.dialects.get(options.dialect)
@@ -85,7 +82,16 @@ class RemoteBackend:
             requests_per_minute=options.requests_per_minute,
             clock=time.monotonic,
         )
-        return Provider(name, options, dialect, keys, gate)
+        return Provider(name, options, dialect, keys, gate, _tls(f"providers.{name}.ca_file", options.ca_file))
+
+
+def _tls(setting: str, ca_file: Path | None) -> ssl.SSLContext:
+    """Trusts whom the file names, or the system. Raises BackendError for a file that cannot be read."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackendError(f"{setting}: cannot be read: {reason} ({ca_file})") from error
 
 
 def _check_options(setting: str, options: Iterable[str], dialect: Dialect) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 
 from headrace.backends.remote.dialect import Dialect
@@ -19,6 +20,8 @@ class Provider:
     dialect: Dialect
     keys: Keys
     gate: Gate
+    tls: ssl.SSLContext
+    """Whom its certificate is trusted for."""
 
     def url(self, model: RemoteModelOptions) -> str:
         """Where answers of ``model`` are asked for."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from headrace.backends.errors import HeadraceError
+from headrace.backends.events import Delta, Event
 from headrace.backends.merging import merged
 from headrace.backends.remote import failures
 from headrace.backends.remote.counting import Counting
 from headrace.backends.remote.dialect import AnswerReader, StreamFailed
 from headrace.backends.remote.sse import EventParser
 from headrace.backends.remote.surrogates import WholeCharacters
-from headrace.backends.types import Delta, Event
 
 _SPARE_TEXT_BYTES = 65_536
 _TEXT_BYTES_PER_TOKEN = 64

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
-from headrace.backends.types import Delta, ToolCallDelta
+from headrace.backends.events import Delta, ToolCallDelta
 
 
 class WholeCharacters:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
@@ -30,6 +30,8 @@ _HEADERS = {
 _KEEP_ALIVE_SECONDS = 30.0
 _CLOSING_SECONDS = 5.0
 _LAST_CHUNK_SECONDS = 0.05
+_LONG_BODY_BYTES = 1 << 20
+"""Longer ones aiohttp wants as a file: then it sends them in pieces."""
 _MAX_LEFT_BYTES = 65_536
 """Of an answer that is complete, what else may come before its connection is given up."""
 
@@ -45,17 +47,15 @@ class _Trip:
 class HttpClient:
     """Connections to one address, kept for later calls: a pool for each event loop, opened when it is first used."""
 
-    def __init__(self, url: str, *, connect_seconds: float, proxy: str | None, ca_file: Path | None) -> None:
-        """Blocks while it reads the authorities. Raises OSError if that fails. ``url`` is sent as it is: its path and
-        query are quoted already.
-        """
+    def __init__(self, url: str, *, connect_seconds: float, proxy: str | None, tls: ssl.SSLContext) -> None:
+        """``url`` is sent as it is: its path and query are quoted already."""
         self._url = URL(url, encoded=True)
         self._proxy, to_proxy = (None, {}) if proxy is None else _without_password(URL(proxy))
         # A proxy passes http on itself, and makes a tunnel for https.
         is_tunnel = self._url.scheme == "https"
         self._proxy_headers = to_proxy if is_tunnel else {}
         self._headers = _HEADERS if is_tunnel else _HEADERS | to_proxy
-        self._tls = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        self._tls = tls
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_seconds)
         self._tracing = aiohttp.TraceConfig()
         self._tracing.on_connection_reuseconn.append(_note_reuse)
@@ -77,7 +77,7 @@ class HttpClient:
     async def _post(self, headers: CIMultiDict[str], body: bytes, trip: _Trip) -> aiohttp.ClientResponse:
         return await self._session().post(
             self._url,
-            data=body,
+            data=io.BytesIO(body) if len(body) > _LONG_BODY_BYTES else body,
             headers=headers,
             proxy=self._proxy,
             proxy_headers=self._proxy_headers,

@@ -10,27 +10,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from headrace.backends.api import StepModel, Tokenizer, WholeCallModel
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, TokenLogprob
+from headrace.backends.requests import ChatInput, ChatMessage, GenerateRequest, Input, Role, TextInput, TokenIdsInput
 from headrace.backends.testing.demand import demand
-from headrace.backends.types import (
-    Attempt,
-    AttemptOutcome,
-    Call,
-    ChatInput,
-    ChatMessage,
-    ChoiceFinish,
-    Delta,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    Handler,
-    Input,
-    Prompt,
-    Role,
-    TextInput,
-    TokenIdsInput,
-    TokenLogprob,
-    Usage,
-)
+from headrace.backends.types import Call, Handler, Prompt
+from headrace.backends.usage import Attempt, AttemptOutcome, Usage
 
 AnyModel = StepModel | WholeCallModel
 
@@ -128,7 +112,7 @@ class Answer:
             len(found) == 1,
             f"a choice ends with one ChoiceFinish, choice {choice} too",
             seen=f"{len(found)} of them: {self.shape()}",
-            read="types.ChoiceFinish",
+            read="events.ChoiceFinish",
         )
         return found[0]
 
@@ -164,7 +148,7 @@ def attempt_of(call: Call) -> Attempt:
         len(attempts) == 1,
         "a call that reaches the backend has one attempt: call.meter.begin opens it",
         seen=attempts,
-        read="types.Meter.begin",
+        read="usage.Meter.begin",
     )
     return attempts[0]
 

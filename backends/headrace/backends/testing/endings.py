@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from headrace.backends.errors import DeadlineExceeded, HeadraceError
+from headrace.backends.events import Delta, FinishReason
+from headrace.backends.requests import ExpiryAction, Scheduling, Stopping
 from headrace.backends.testing.calls import Answer, attempt_of, read
 from headrace.backends.testing.demand import demand
 from headrace.backends.testing.serving import Served
 from headrace.backends.testing.setting import Setting
-from headrace.backends.types import AttemptOutcome, Call, Delta, ExpiryAction, FinishReason, Scheduling, Stopping
+from headrace.backends.types import Call
+from headrace.backends.usage import AttemptOutcome
 
 _WATCHING_SECONDS = 0.25
 """After a cancel, to see that nothing goes on."""
@@ -96,13 +99,13 @@ class EndingTests(Setting):
             attempt.outcome is AttemptOutcome.FAILED,
             "the outcome of a call that fails is FAILED",
             seen=attempt,
-            read="types.AttemptOutcome",
+            read="usage.AttemptOutcome",
         )
         demand(
             attempt.usage.input_tokens is not None,
             "what a failed call used is known",
             seen=attempt.usage,
-            read="types.Usage",
+            read="usage.Usage",
         )
 
     def test_an_error_tells_nothing_of_the_server(self, served: Served) -> None:
@@ -157,7 +160,7 @@ class EndingTests(Setting):
             f"the outcome of a call that {'was ' if ended == 'cancelled' else 'ended with '}{ended} is "
             f"{' or '.join(sorted(outcome.name for outcome in outcomes[ended]))}",
             seen=got,
-            read="types.AttemptOutcome",
+            read="usage.AttemptOutcome",
         )
         demand(
             late < self.cancel_seconds,
@@ -173,13 +176,13 @@ class EndingTests(Setting):
             answer.finish().reason is FinishReason.TIME_LIMIT,
             "a choice that is not done at stopping.time_limit, counted from call.arrived, ends with TIME_LIMIT",
             seen=f"{answer.finish()} after {call.meter.usage().output_tokens} tokens",
-            read="types.Stopping.time_limit",
+            read="requests.Stopping.time_limit",
         )
         demand(
             attempt_of(call).outcome is AttemptOutcome.COMPLETED,
             "a call that gives the text so far ends well: its outcome is COMPLETED",
             seen=call.meter.attempts,
-            read="types.AttemptOutcome",
+            read="usage.AttemptOutcome",
         )
 
     def test_a_time_limit_can_be_an_error(self, served: Served) -> None:
@@ -193,13 +196,13 @@ class EndingTests(Setting):
             seen == "DeadlineExceeded",
             "with on_expiry = ERROR a call raises DeadlineExceeded at its time limit",
             seen=seen,
-            read="types.Scheduling.on_expiry",
+            read="requests.Scheduling.on_expiry",
         )
         demand(
             attempt_of(call).outcome is AttemptOutcome.EXPIRED,
             "the outcome of a call that ran out of time is EXPIRED",
             seen=call.meter.attempts,
-            read="types.AttemptOutcome",
+            read="usage.AttemptOutcome",
         )
 
     def _long_call(self, served: Served) -> Call:
@@ -267,7 +270,7 @@ class EndingTests(Setting):
             attempt.outcome is AttemptOutcome.CANCELLED,
             f"after {how} midway the attempt's outcome is CANCELLED (set it in `finally`)",
             seen=attempt,
-            read="types.AttemptOutcome",
+            read="usage.AttemptOutcome",
         )
         usage = attempt.usage
         demand(
@@ -276,7 +279,7 @@ class EndingTests(Setting):
             and (usage.output_tokens or 0) >= max(1, broken.num_seen),
             f"what a cancelled call used is known: its input, and the {broken.num_seen} tokens that had come at least",
             seen=usage,
-            read="types.Usage",
+            read="usage.Usage",
         )
 
     def _check_sound(self, served: Served, answers: Sequence[Answer], after: str) -> None:

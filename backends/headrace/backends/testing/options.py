@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 from pydantic import BaseModel
 
+from headrace.backends.events import FinishReason
+from headrace.backends.requests import MAX_CHOICES, MAX_TOP_LOGPROBS, ResponseOptions, Sampling, Stopping
 from headrace.backends.testing.calls import Answer, AnyModel
 from headrace.backends.testing.demand import demand
 from headrace.backends.testing.request_options import REQUEST_OPTIONS, SCORING_OPTIONS
 from headrace.backends.testing.serving import Served
 from headrace.backends.testing.setting import Setting
-from headrace.backends.types import MAX_CHOICES, MAX_TOP_LOGPROBS, FinishReason, ResponseOptions, Sampling, Stopping
 
 _INPUTS = ("text", "token_ids.ids", "chat.messages.content.text", "infill.prefix")
 _NUM_SEEDS = 6
@@ -92,13 +93,13 @@ class OptionTests(Setting):
                     stop not in got and (got == expected or not served.is_bit_exact),
                     f"the text ends before the stop sequence {stop!r}, also where it lies in several deltas",
                     seen=f"{got!r} of {text!r}, in deltas {[delta.text for delta in answer.deltas()]}",
-                    read="types.Stopping",
+                    read="requests.Stopping",
                 )
                 demand(
                     (finish.reason, finish.stop_sequence) == (FinishReason.STOP_SEQUENCE, stop),
                     f"the choice's reason is STOP_SEQUENCE, and stop_sequence is {stop!r}",
                     seen=finish,
-                    read="types.ChoiceFinish",
+                    read="events.ChoiceFinish",
                 )
         if not tried:
             pytest.skip("not there: an answer long enough to be stopped")
@@ -118,7 +119,7 @@ class OptionTests(Setting):
                     got == text,
                     f"text that only begins like the stop sequence {stop!r} is held back no longer than it has to be",
                     seen=f"{got!r}, and without the stop sequence {text!r}",
-                    read="types.Stopping",
+                    read="requests.Stopping",
                 )
 
     def test_a_stop_token_ends_the_choice(self, served: Served, answers: Sequence[Answer]) -> None:
@@ -139,7 +140,7 @@ class OptionTests(Setting):
             and ids[at] not in stopped.token_ids()[:-1],
             f"a choice ends with its first stop token, {ids[at]}: reason STOP_TOKEN, stop_token_id, last of token_ids",
             seen=f"{finish}, token_ids {stopped.token_ids()}",
-            read="types.Stopping",
+            read="requests.Stopping",
         )
 
     def test_an_answer_has_no_fewer_tokens_than_it_must(self, served: Served) -> None:
@@ -148,7 +149,10 @@ class OptionTests(Setting):
             call = served.make_call(prompt, max_new_tokens=count, stopping=Stopping(min_new_tokens=count))
             got = served.answer(call).call.meter.usage().output_tokens
             demand(
-                got == count, f"a choice has at least min_new_tokens ({count}) tokens", seen=got, read="types.Stopping"
+                got == count,
+                f"a choice has at least min_new_tokens ({count}) tokens",
+                seen=got,
+                read="requests.Stopping",
             )
 
     def test_a_seed_repeats_its_answer_and_seeds_differ(self, served: Served) -> None:
@@ -163,7 +167,7 @@ class OptionTests(Setting):
                 found.finish().seed == seed,
                 f"a choice's finish gives the seed that reproduces it, here the request's: {seed}",
                 seen=found.finish(),
-                read="types.ChoiceFinish",
+                read="events.ChoiceFinish",
             )
             return found.text()
 
@@ -173,13 +177,13 @@ class OptionTests(Setting):
             again == texts[0] or not served.is_bit_exact,
             "the same seed and request give the same answer",
             seen=f"{texts[0]!r}, then {again!r}",
-            read="types.GenerateRequest",
+            read="requests.GenerateRequest",
         )
         demand(
             not hot or len(set(texts)) > 1,
             f"seeds make a difference at temperature {_HOT}",
             seen=f"{_NUM_SEEDS} seeds gave {texts[0]!r}",
-            read="types.GenerateRequest",
+            read="requests.GenerateRequest",
         )
 
     def test_one_candidate_is_the_greedy_choice(self, served: Served, answers: Sequence[Answer]) -> None:
@@ -189,7 +193,7 @@ class OptionTests(Setting):
         for prompt, text in self._prompts_and_texts(answers)[:3]:
             sampling = Sampling(temperature=_HOT, top_k=1)
             got = served.answer(served.make_call(prompt, max_new_tokens=self.answer_tokens, sampling=sampling)).text()
-            demand(got == text, "top_k = 1 is greedy", seen=f"{got!r}, and greedy {text!r}", read="types.Sampling")
+            demand(got == text, "top_k = 1 is greedy", seen=f"{got!r}, and greedy {text!r}", read="requests.Sampling")
 
     def test_a_bias_makes_a_token_come(self, served: Served, answers: Sequence[Answer]) -> None:
         served.need("sampling.logit_bias", "response.token_ids")
@@ -201,7 +205,7 @@ class OptionTests(Setting):
             ids == [wanted] * 3,
             f"a bias of 100 for token {wanted} makes it the likeliest",
             seen=f"tokens {ids}",
-            read="types.Sampling",
+            read="requests.Sampling",
         )
 
     def test_each_token_has_its_logprob(self, served: Served) -> None:
@@ -217,7 +221,7 @@ class OptionTests(Setting):
             and (not token_ids or [entry.token_id for entry in logprobs] == answer.token_ids()),
             "each output token has its TokenLogprob, in order",
             seen=f"{[entry.token_id for entry in logprobs]} for tokens {answer.token_ids()}",
-            read="types.TokenLogprob",
+            read="events.TokenLogprob",
         )
         for entry in logprobs:
             values = [top.logprob for top in entry.top]
@@ -229,14 +233,16 @@ class OptionTests(Setting):
                 and (not values or entry.logprob <= values[0] + _SLACK),
                 f"log-probabilities are natural and at most 0, with the {most} likeliest tokens, likeliest first",
                 seen=entry,
-                read="types.TokenLogprob",
+                read="events.TokenLogprob",
             )
             if tokenizer := served.model.tokenizer:
                 shown = [(top.token_id, top.token) for top in entry.top] + [(entry.token_id, entry.token)]
                 wrong = [
                     token for token_id, token in shown if token_id is None or tokenizer.token_bytes(token_id) != token
                 ]
-                demand(not wrong, "`token` is the token's bytes", seen=f"{wrong} in {entry}", read="types.TokenLogprob")
+                demand(
+                    not wrong, "`token` is the token's bytes", seen=f"{wrong} in {entry}", read="events.TokenLogprob"
+                )
 
     def _prompts_and_texts(self, answers: Sequence[Answer]) -> list[tuple[str, str]]:
         """The longest of the plain answers."""

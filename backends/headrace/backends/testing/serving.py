@@ -11,8 +11,9 @@ from typing import Any, Protocol, TypeVar
 import pytest
 
 from headrace.backends.api import Backend, Capabilities, DeterminismClass, StepModel, WholeCallModel
+from headrace.backends.requests import Input, ResponseOptions, Sampling, TextInput
 from headrace.backends.testing.calls import Answer, AnyModel, chat_of, make_call, read
-from headrace.backends.types import Call, Events, Handler, Input, ResponseOptions, Sampling, TextInput
+from headrace.backends.types import Call, Events, Handler
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class Served:
                     raise
             raise AssertionError(
                 f"no end after {self.call_seconds} s; raise `call_seconds` if the model is that slow\n"
-                "  read: headrace.backends.types.StreamEnd"
+                "  read: headrace.backends.events.StreamEnd"
             )
 
         return self.runner.run(limited())

@@ -8,20 +8,13 @@ from contextlib import aclosing
 
 import pytest
 
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, StreamEnd
+from headrace.backends.requests import Sampling, Stopping, TokenIdsInput
 from headrace.backends.testing.calls import Answer, text_of
 from headrace.backends.testing.demand import demand
 from headrace.backends.testing.serving import Served
 from headrace.backends.testing.setting import Setting
-from headrace.backends.types import (
-    AttemptOutcome,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    Sampling,
-    Stopping,
-    StreamEnd,
-    TokenIdsInput,
-)
+from headrace.backends.usage import AttemptOutcome
 
 
 class StreamTests(Setting):
@@ -59,7 +52,7 @@ class StreamTests(Setting):
                     "a delta's text is whole characters: bytes of a part of one wait for the rest "
                     "(codecs.getincrementaldecoder)",
                     seen=f"{delta.text!r} in {answer.text()!r}",
-                    read="types.Delta",
+                    read="events.Delta",
                 )
         if not beyond_ascii:
             pytest.skip("not there: an answer beyond ASCII; add a prompt to `prompts` that gets one")
@@ -77,7 +70,7 @@ class StreamTests(Setting):
                 answer.text() in (text, text.removeprefix(" ")),
                 "the deltas' texts, joined, are the text of their token_ids (less what ended the choice)",
                 seen=f"{answer.text()!r}; the tokens are {text!r}",
-                read="types.Delta",
+                read="events.Delta",
             )
 
     def test_an_answer_has_no_more_tokens_than_it_may(self, served: Served) -> None:
@@ -103,7 +96,7 @@ class StreamTests(Setting):
                 f"a call that ends well has one attempt, at {served.model.backend!r} (call.meter.begin opens it), and "
                 "its outcome is COMPLETED",
                 seen=attempts,
-                read="types.Attempt",
+                read="usage.Attempt",
             )
             early = [
                 outcome.name
@@ -114,13 +107,13 @@ class StreamTests(Setting):
                 not early,
                 "an attempt's outcome is None while it runs, or CANCELLED, which it would be if it ended there",
                 seen=early,
-                read="types.Attempt",
+                read="usage.Attempt",
             )
             demand(
                 answer.metered[-1][1] is AttemptOutcome.COMPLETED,
                 "the outcome is there when StreamEnd comes: a reader may go after it",
                 seen=answer.metered[-1][1],
-                read="types.Attempt",
+                read="usage.Attempt",
             )
 
     def test_usage_equals_the_tokens(self, served: Served, answers: Sequence[Answer]) -> None:
@@ -171,13 +164,13 @@ def check_grammar(answer: Answer, n: int) -> None:
     """A stream is any number of deltas, one finish per choice after its last delta, and then one end."""
     events = answer.events
     strangers = [type(event).__name__ for event in events if not isinstance(event, Delta | ChoiceFinish | StreamEnd)]
-    demand(not strangers, "events are Delta, ChoiceFinish and StreamEnd", seen=strangers, read="types.Event")
+    demand(not strangers, "events are Delta, ChoiceFinish and StreamEnd", seen=strangers, read="events.Event")
     ends = [i for i, event in enumerate(events) if isinstance(event, StreamEnd)]
     demand(
         ends == [len(events) - 1],
         "a stream that does not raise ends with its one StreamEnd",
         seen=answer.shape(),
-        read="types.StreamEnd",
+        read="events.StreamEnd",
     )
     finished: list[int] = []
     for event in events:
@@ -187,7 +180,7 @@ def check_grammar(answer: Answer, n: int) -> None:
             event.choice in range(n) and event.choice not in finished,
             "each choice is an index below n, and has nothing after its ChoiceFinish",
             seen=f"choice {event.choice} of {n} after {finished} finished: {answer.shape()}",
-            read="types.ChoiceFinish",
+            read="events.ChoiceFinish",
         )
         if isinstance(event, ChoiceFinish):
             finished.append(event.choice)
@@ -197,7 +190,7 @@ def check_grammar(answer: Answer, n: int) -> None:
         sorted(finished) == list(range(n)),
         f"each of the {n} choices has one ChoiceFinish before the StreamEnd",
         seen=f"finished: {sorted(finished)}",
-        read="types.ChoiceFinish",
+        read="events.ChoiceFinish",
     )
 
 
@@ -209,7 +202,7 @@ def _check_tool_calls(answer: Answer, choice: int) -> None:
             call.index <= num_calls and (bool(call.id) and bool(call.name) if begins else call.id is call.name is None),
             "a choice's calls of tools count from 0; the first delta of each has its id and its name, and no other has",
             seen=call,
-            read="types.ToolCallDelta",
+            read="events.ToolCallDelta",
         )
         num_calls += begins
 
@@ -223,10 +216,10 @@ def check_usage(served: Served, answer: Answer, n: int) -> None:
             usage.input_tokens == len(prompt.token_ids),
             f"usage.input_tokens is the prompt's tokens, {len(prompt.token_ids)}, once for all choices",
             seen=usage.input_tokens,
-            read="types.Usage",
+            read="usage.Usage",
         )
     else:
-        demand(bool(usage.input_tokens), "usage.input_tokens is reported", seen=usage, read="types.Usage")
+        demand(bool(usage.input_tokens), "usage.input_tokens is reported", seen=usage, read="usage.Usage")
     if served.declares("response.token_ids"):
         num_tokens = sum(len(answer.token_ids(choice)) for choice in range(n))
         demand(
@@ -234,14 +227,14 @@ def check_usage(served: Served, answer: Answer, n: int) -> None:
             f"usage.output_tokens is the tokens generated, {num_tokens} in the deltas' token_ids: the one that ended a "
             "choice, such as the end of sequence, too",
             seen=usage.output_tokens,
-            read="types.Usage",
+            read="usage.Usage",
         )
     else:
-        demand(bool(usage.output_tokens), "usage.output_tokens is reported", seen=usage, read="types.Usage")
+        demand(bool(usage.output_tokens), "usage.output_tokens is reported", seen=usage, read="usage.Usage")
     parts = (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0)
     demand(
         parts <= (usage.input_tokens or 0) and (usage.reasoning_output_tokens or 0) <= (usage.output_tokens or 0),
         "cached tokens are a part of the input, and reasoning is a part of the output",
         seen=usage,
-        read="types.Usage",
+        read="usage.Usage",
     )

@@ -11,10 +11,10 @@ import pytest
 
 from headrace.backends.api import Encoding, Tokenizer
 from headrace.backends.errors import UnsupportedOption
+from headrace.backends.requests import ChatInput, ChatMessage, Role
 from headrace.backends.testing.calls import text_of
 from headrace.backends.testing.demand import demand
 from headrace.backends.testing.setting import Setting
-from headrace.backends.types import ChatInput, ChatMessage, Role
 
 _SPECIAL_MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<|eot_id|>", "<end_of_turn>", "[INST]")
 _NUM_THREADS = 4

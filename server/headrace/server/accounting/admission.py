@@ -88,6 +88,21 @@ def _lowered(request: HoldRequest, balances: Sequence[Balance], month: str, curr
     return replace(whole, max_new_tokens=lengths[bisect_left(lengths, True, key=is_too_long) - 1])
 
 
+def left(allowances: Allowances, balances: Sequence[Balance]) -> tuple[int | None, int | None]:
+    """What the narrowest limits leave: of money in nano-units, and of tokens. ``None``: there is no limit."""
+    nanos = [
+        allowance.nanos - balance.posted_nanos - balance.held_nanos
+        for (_, allowance), balance in zip(allowances, balances, strict=True)
+        if allowance.nanos is not None
+    ]
+    tokens = [
+        allowance.tokens - balance.posted_tokens - balance.held_tokens
+        for (_, allowance), balance in zip(allowances, balances, strict=True)
+        if allowance.tokens is not None
+    ]
+    return min(nanos, default=None), min(tokens, default=None)
+
+
 def _beyond(limit: int | None, used: int) -> bool:
     return limit is not None and used > limit
 

@@ -16,17 +16,10 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter
 
 from headrace.backends.api import DeterminismClass, ModelCard, Tokenizer
-from headrace.backends.types import (
-    Attempt,
-    Call,
-    ChoiceFinish,
-    Cost,
-    Delta,
-    GenerateRequest,
-    Prompt,
-    ResponseOptions,
-    Scored,
-)
+from headrace.backends.events import ChoiceFinish, Delta, Scored
+from headrace.backends.requests import GenerateRequest, ResponseOptions
+from headrace.backends.types import Call, Prompt
+from headrace.backends.usage import Attempt, Cost
 
 _FORMAT = b"\x01"
 """Of an answer's bytes, in front of them."""

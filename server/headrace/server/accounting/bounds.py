@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat, LarkFormat, OutputFormat, RegexFormat
-from headrace.backends.types import ChatInput, InfillInput, Input, TextInput, TokenIdsInput
+from headrace.backends.requests import ChatInput, InfillInput, Input, TextInput, TokenIdsInput
 
 _TOKENS_PER_MESSAGE = 16
 """Marks of a turn and of its role; the layouts that are known take up to 8."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from headrace.backends.components import Price
-from headrace.backends.types import Attempt, AttemptOutcome, Cost, Usage
+from headrace.backends.usage import Attempt, AttemptOutcome, Cost, Usage
 
 TOKENS_PER_PRICE = 1_000_000
 

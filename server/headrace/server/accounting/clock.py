@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,11 +22,13 @@ class SteadyClock:
 
     def __init__(self, clock: Clock = time.time_ns) -> None:
         self._clock = clock
+        self._lock = threading.Lock()
         self._latest = 0
 
     def __call__(self) -> int:
-        self._latest = latest = max(self._latest, self._clock())
-        return latest
+        with self._lock:
+            self._latest = max(self._latest, self._clock())
+            return self._latest
 
 
 def month_of(at: int) -> str:

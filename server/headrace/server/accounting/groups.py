@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import Connection
 
 from headrace.backends.errors import BudgetHeld, BudgetSpent
-from headrace.server.accounting.admission import Balance, admit
+from headrace.server.accounting.admission import Balance, admit, left
 from headrace.server.accounting.clock import month_of
 from headrace.server.accounting.database import is_outage
 from headrace.server.accounting.progress import Slot
@@ -161,14 +161,10 @@ def _places(request: HoldRequest, month: str) -> list[Place]:
 
 def _hold(op: HoldOp, balances: dict[Place, Balance], now: int, month: str, currency: str) -> Hold | Exception:
     request = op.request
+    limited = [balances[account.tenant, account.key, month] for account, _ in request.allowances]
     op.row = None
     try:
-        worst_case, exceeded = admit(
-            request,
-            [balances[account.tenant, account.key, month] for account, _ in request.allowances],
-            month=month,
-            currency=currency,
-        )
+        worst_case, exceeded = admit(request, limited, month=month, currency=currency)
     except (BudgetSpent, BudgetHeld) as refusal:
         return refusal
     op.row = OpenHold(
@@ -185,6 +181,7 @@ def _hold(op: HoldOp, balances: dict[Place, Balance], now: int, month: str, curr
     for place in places_of(op.row):
         balances[place].held_nanos += op.row.held_nanos
         balances[place].held_tokens += op.row.held_tokens
+    left_nanos, left_tokens = left(request.allowances, limited)
     return Hold(
         id=op.row.id,
         request=request,
@@ -192,6 +189,8 @@ def _hold(op: HoldOp, balances: dict[Place, Balance], now: int, month: str, curr
         month=month,
         held_at=now,
         soft_limits_exceeded=exceeded,
+        left_nanos=left_nanos,
+        left_tokens=left_tokens,
     )
 
 

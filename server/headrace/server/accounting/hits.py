@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import Connection
 
 from headrace.backends.errors import LedgerUnavailable
-from headrace.backends.types import AttemptOutcome, Cost
+from headrace.backends.usage import AttemptOutcome, Cost
 from headrace.server.accounting.admission import check
 from headrace.server.accounting.clock import Clock, month_of
 from headrace.server.accounting.records import Account, Allowance

@@ -24,7 +24,7 @@ from sqlalchemy import Connection
 
 from headrace.backends.components import Price
 from headrace.backends.errors import LedgerUnavailable
-from headrace.backends.types import AttemptOutcome, Usage
+from headrace.backends.usage import AttemptOutcome, Usage
 from headrace.server.accounting import recovery
 from headrace.server.accounting.clock import Clock, SteadyClock
 from headrace.server.accounting.database import Database, is_outage, reason_of
@@ -64,6 +64,8 @@ class Ledger:
         self._database = database
         self._clock = clock
         self._open: dict[str, tuple[OpenHold, Slot]] = {}
+        self._num_asked = 0
+        """Holds that were asked for and are not answered yet."""
         self._num_unsettled = 0
         """Settlements that are not durable yet."""
         self._closed = False
@@ -166,12 +168,25 @@ class Ledger:
 
     @property
     def num_open(self) -> int:
-        """Holds of this process whose settlement is not durable yet."""
-        return len(self._open) + self._num_unsettled
+        """Holds of this process, those asked for included, whose settlement is not durable yet."""
+        return self._num_asked + len(self._open) + self._num_unsettled
 
     async def hold(self, request: HoldRequest) -> Hold:
         """Holds a call's worst case. Raises BudgetSpent, BudgetHeld, or LedgerUnavailable. If the caller is cancelled
         while it waits, nothing stays held.
+        """
+        asked = self.ask(request)
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            # The answer may have come in the same moment; if it has not, it finds the future cancelled.
+            if asked.done() and not asked.cancelled() and asked.exception() is None:
+                self._void(asked.result())
+            raise
+
+    def ask(self, request: HoldRequest) -> asyncio.Future[Hold]:
+        """Asks for a hold: ``hold`` for those who do something else meanwhile. Cancelled before it is done, the future
+        leaves nothing held; what it gives is to be settled. Raises LedgerUnavailable.
         """
         self._check(request.tenant, request.key)
         try:
@@ -179,14 +194,9 @@ class Ledger:
         except OSError as error:
             raise LedgerUnavailable() from error
         op = HoldOp(request, slot, asyncio.get_running_loop().create_future())
+        self._num_asked += 1
         self._writer.put(op)
-        try:
-            return await op.future
-        except asyncio.CancelledError:
-            # The answer may have come in the same moment; if it has not, it finds the future cancelled.
-            if op.future.done() and not op.future.cancelled() and op.future.exception() is None:
-                self._void(op.future.result())
-            raise
+        return op.future
 
     def note(self, hold: Hold, usage: Usage, charge_nanos: int, price: Price | None, backend: str | None) -> None:
         """Notes what a running call has used so far where a killed process leaves it. Quick: called for each part of a
@@ -308,6 +318,7 @@ class Ledger:
                     op.future.set_result(result)
 
     def _held(self, op: HoldOp, result: Any) -> None:
+        self._num_asked -= 1
         if not isinstance(result, Hold):
             self._progress.free_slot(op.slot)
             return

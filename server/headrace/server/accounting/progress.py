@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.backends.usage import AttemptOutcome, Cost, Usage
 from headrace.server.accounting.records import POSTED_COUNTS
 
 _SUFFIX = ".progress"

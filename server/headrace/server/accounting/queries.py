@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, func, literal, or_, select
 
-from headrace.backends.types import AttemptOutcome, Usage
+from headrace.backends.usage import AttemptOutcome, Usage
 from headrace.server.accounting.admission import Balance
 from headrace.server.accounting.records import Account
 from headrace.server.accounting.schema import balances, daily_usage, holds, postings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.backends.usage import AttemptOutcome, Cost, Usage
 from headrace.server.accounting.charges import WorstCase
 
 
@@ -62,6 +62,10 @@ class Hold:
     """Nanoseconds since the epoch."""
     soft_limits_exceeded: tuple[Account, ...] = ()
     """Accounts that this hold brings beyond a soft limit."""
+    left_nanos: int | None = None
+    """Of the narrowest limit, when this was held. ``None``: there is no limit."""
+    left_tokens: int | None = None
+    """The same of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy import Connection, select, update
 
-from headrace.backends.types import AttemptOutcome
+from headrace.backends.usage import AttemptOutcome
 from headrace.server.accounting import answer_store, progress
 from headrace.server.accounting.clock import Clock
 from headrace.server.accounting.database import Database

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from headrace.backends.types import AttemptOutcome, Cost, Usage
+from headrace.backends.usage import AttemptOutcome, Cost, Usage
 from headrace.server.accounting.admission import Balance
 from headrace.server.accounting.clock import day_of
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from headrace.backends.types import (
-    Attempt,
-    AttemptOutcome,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    GenerateRequest,
-    Scored,
-    TokenLogprob,
-    Usage,
-)
+from headrace.backends.events import ChoiceFinish, Delta, FinishReason, Scored, TokenLogprob
+from headrace.backends.requests import GenerateRequest
+from headrace.backends.usage import Attempt, AttemptOutcome, Usage
 from headrace.server.accounting.answers import Answer, AnswerEvent, decode, encode, size_of
 from headrace.server.accounting.records import POSTED_COUNTS
 

@@ -9,7 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from headrace.backends.api import DeterminismClass, Model
-from headrace.backends.types import GenerateRequest, Target
+from headrace.backends.requests import GenerateRequest
+from headrace.backends.types import Target
 from headrace.server.accounting.answers import plain
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from headrace.backends.api import ChatTokenizer, Tokenizer
 from headrace.backends.dialect import PLAIN, ChatDialect, ReasoningMarks
-from headrace.backends.types import ChatInput, GenerateRequest, ToolCallDelta
+from headrace.backends.events import ToolCallDelta
+from headrace.backends.requests import ChatInput, GenerateRequest
 from headrace.server.engine.blanks import BLANKS, Trimmer, overlap
 from headrace.server.engine.tool_calls import CallReader
 

@@ -19,21 +19,10 @@ from headrace.backends.errors import (
     InvalidArgument,
     QueueFull,
 )
-from headrace.backends.types import (
-    MAX_CHOICES,
-    MAX_TOP_LOGPROBS,
-    Attempt,
-    AttemptOutcome,
-    Call,
-    ChatInput,
-    ChoiceFinish,
-    Events,
-    Sampling,
-    Scored,
-    ScoredToken,
-    Scoring,
-    StreamEnd,
-)
+from headrace.backends.events import ChoiceFinish, Scored, ScoredToken, StreamEnd
+from headrace.backends.requests import MAX_CHOICES, MAX_TOP_LOGPROBS, ChatInput, Sampling, Scoring
+from headrace.backends.types import Call, Events
+from headrace.backends.usage import Attempt, AttemptOutcome
 from headrace.server.engine.channels import channels_of, dialect_of
 from headrace.server.engine.constraint import Constraint
 from headrace.server.engine.grammars import Grammars

@@ -29,15 +29,8 @@ from headrace.backends.errors import (
     HeadraceError,
     QueueTimeout,
 )
-from headrace.backends.types import (
-    ChoiceFinish,
-    Event,
-    ExpiryAction,
-    FinishReason,
-    LatencyClass,
-    TokenLogprob,
-    TopLogprob,
-)
+from headrace.backends.events import ChoiceFinish, Event, FinishReason, TokenLogprob, TopLogprob
+from headrace.backends.requests import ExpiryAction, LatencyClass
 from headrace.server.engine.admission import Admission
 from headrace.server.engine.drafts import Draft
 from headrace.server.engine.masks import Masks, TokenMask, Wanted
@@ -51,7 +44,8 @@ from headrace.server.engine.step import Chunk, Copy, Keep, Preempt, Release, Slo
 from headrace.server.engine.stream import EventStream
 
 _IDLE_CHUNK_TOKENS = 256
-"""Prompt tokens of a step in which no stream runs; a cancel waits for one step."""
+"""Prompt tokens of a step in which no stream runs, at least; a cancel waits for one step. A model that takes longer
+chunks at a time, as one on a GPU does, gets them."""
 _VOICE_SECONDS = 60.0
 _STEP_SECONDS_WITH_VOICE = 0.1
 """What a step may take for so long after a request of class VOICE came: the next one must wait for it."""
@@ -93,7 +87,7 @@ class Runner:
         """Tokens of prompts that were looked up in the prefix cache, ever."""
         self.num_reused_tokens = 0
         """Those of them that did not have to be computed."""
-        self._pacer = Pacer(smallest=model.chunk_alignment, largest=_IDLE_CHUNK_TOKENS)
+        self._pacer = Pacer(smallest=model.chunk_alignment, largest=max(_IDLE_CHUNK_TOKENS, model.max_chunk))
         self._mixes: bool = getattr(model, "mixes", False)
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._outbox: Outbox = []

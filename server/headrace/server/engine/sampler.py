@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from headrace.backends.api import DrawOptions, Logits
 from headrace.backends.components import LogitsProcessor
 from headrace.backends.errors import BackendError
-from headrace.backends.types import Sampling
+from headrace.backends.requests import Sampling
 from headrace.server.engine.masks import TokenMask
 
 _EVERY_TOKEN = 2**63 - 1
@@ -159,7 +159,6 @@ def sample(
     one that leaves nothing to choose, a BackendError.
     """
     masks = masks or [None] * len(indices)
-    rows = [logits.row(index) for index in indices]
     edited = [
         state.edits or len(tokens) > 0 or mask is not None
         for state, tokens, mask in zip(states, forbidden, masks, strict=True)
@@ -168,18 +167,19 @@ def sample(
     failures: dict[int, Exception] = {}
     for i, state in enumerate(states):
         if edited[i]:
+            row = logits.row(indices[i])
             try:
-                state.edit(rows[i])
+                state.edit(row)
             except Exception as error:  # noqa: BLE001  # a plugin may raise anything; it fails its own row
                 failures[i] = error
-            rows[i][list(forbidden[i])] = -np.inf
+            row[list(forbidden[i])] = -np.inf
             if mask := masks[i]:
-                mask.apply(rows[i])
+                mask.apply(row)
     results: list[Sampled | Exception] = []
     for i, token_id in enumerate(_choose(logits, indices, states)):
         if states[i].forced and i not in failures:
             token_id = states[i].forced.popleft()
-        elif i not in failures and not math.isfinite(rows[i][token_id]):
+        elif i not in failures and not math.isfinite(_logit(logits, indices[i], token_id)):
             failures[i] = BackendError("the model gave no token: a logit is NaN or infinite, or all are forbidden")
         if i in failures:
             results.append(failures[i])
@@ -188,6 +188,13 @@ def sample(
             report = reports[i]
             results.append(report.of(token_id) if report else Sampled(token_id))
     return results
+
+
+def _logit(logits: Logits, index: int, token_id: int) -> float:
+    """One logit of a row, without the row where that is somewhere else."""
+    known = getattr(logits, "logit", None)
+    logit: float = logits.row(index)[token_id] if known is None else known(index, token_id)
+    return logit
 
 
 def _choose(logits: Logits, indices: Sequence[int], states: Sequence[SamplingState]) -> list[int]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from headrace.backends.types import LatencyClass
+from headrace.backends.requests import LatencyClass
 from headrace.server.engine.fairness import FairQueue, Load, TokenCounters
 from headrace.server.engine.sequence import Sequence
 from headrace.server.engine.slots import Slots

@@ -10,7 +10,7 @@ import numpy as np
 
 from headrace.backends.api import Logits
 from headrace.backends.errors import BackendError
-from headrace.backends.types import Scored, ScoredToken, TopLogprob
+from headrace.backends.events import Scored, ScoredToken, TopLogprob
 
 _ROWS_AT_ONCE = 16
 """Rows whose normalisers are worked out together: some implementations copy them."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from headrace.backends.types import Attempt, Call, Delta, FinishReason, TokenLogprob, ToolCallDelta
+from headrace.backends.events import Delta, FinishReason, TokenLogprob, ToolCallDelta
+from headrace.backends.types import Call
+from headrace.backends.usage import Attempt
 from headrace.server.engine.channels import Channels, Pieces
 from headrace.server.engine.constraint import Constraint
 from headrace.server.engine.drafts import PromptLookup

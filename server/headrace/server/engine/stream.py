@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from headrace.backends.types import Event
+from headrace.backends.events import Event
 
 
 class EventStream:

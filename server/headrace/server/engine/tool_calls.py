@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from headrace.backends.dialect import ToolSyntax
-from headrace.backends.types import ToolCallDelta
+from headrace.backends.events import ToolCallDelta
 from headrace.server.engine.blanks import BLANKS, Trimmer, overlap
 from headrace.server.engine.call_json import FIRST, FIRST_OF_LIST, NEXT_OF_LIST, ObjectEnd
 

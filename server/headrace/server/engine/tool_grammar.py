@@ -8,7 +8,7 @@ from typing import Any
 from headrace.backends.dialect import Mark, ToolSyntax
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import MAX_GRAMMAR_BYTES, LarkFormat
-from headrace.backends.types import ChatInput, NamedTool, ToolChoiceMode, ToolDefinition
+from headrace.backends.requests import ChatInput, NamedTool, ToolChoiceMode, ToolDefinition
 from headrace.server.engine.grammars import PLAIN_ESCAPES
 
 FIELD = "chat.tools"

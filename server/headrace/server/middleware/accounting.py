@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
-from headrace.backends.types import (
-    Attempt,
-    AttemptOutcome,
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
-    Events,
-    FinishReason,
-    Handler,
-)
+import structlog
+
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason
+from headrace.backends.types import Call, Events, Handler
+from headrace.backends.usage import Attempt, AttemptOutcome
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.accounts import Terms
 from headrace.server.accounting.bounds import max_format_tokens, max_input_tokens
@@ -23,37 +19,50 @@ from headrace.server.accounting.charges import Rates, WorstCase, billed_nanos, b
 from headrace.server.accounting.ledger import Ledger
 from headrace.server.accounting.prices import Priced
 from headrace.server.accounting.records import Hold, HoldRequest, Settlement
+from headrace.server.middleware.early import EarlyStarts
 from headrace.server.middleware.limits import RateLimits
+
+logger = structlog.get_logger("headrace.ledger")
 
 
 def account(inner: Handler, *, accounting: Accounting, limits: RateLimits) -> Handler:
     """Sets ``call.meter.cost`` when a call of ``inner`` is over, by the price that held when it began. Raises
-    RateLimited, BudgetSpent, BudgetHeld or LedgerUnavailable before anything is used.
+    RateLimited, BudgetSpent, BudgetHeld or LedgerUnavailable before anything is handed over: ``inner`` may begin while
+    the hold becomes durable, where nothing speaks against it.
     """
-    ledger = accounting.ledger
+    ledger, early = accounting.ledger, EarlyStarts()
 
     async def handle(call: Call) -> Events:
         terms = accounting.accounts.terms(call.principal)
         rates = rates_of(call, accounting)
         worst_case = worst_case_of(call, rates)
         limits.take_tokens(terms, worst_case.tokens)
-        book, outcome = None, AttemptOutcome.CANCELLED
+        holding, outcome = None, AttemptOutcome.CANCELLED
         try:
             if ledger is not None:
-                book = _Book(call, ledger, await ledger.hold(hold_request_of(call, worst_case, terms)), rates)
+                request = hold_request_of(call, worst_case, terms)
+                holding = _Holding(call, ledger, request, rates, early)
+                if not holding.is_early:
+                    await holding.held()
             async with aclosing(inner(call)) as events:
+                if holding is not None and holding.is_early:
+                    yield await holding.first(events)
                 async for event in events:
-                    yield event if book is None else book.noted(event)
+                    yield event if holding is None or holding.book is None else holding.book.noted(event)
             outcome = AttemptOutcome.COMPLETED
         except Exception:
             outcome = AttemptOutcome.FAILED
             raise
         finally:
-            call.meter.cost = cost_of(call.meter.attempts, rates)
-            if book is not None:
-                book.settle(outcome)
-            usage = billed_usage(call.meter.attempts)
-            limits.give_back(terms, worst_case.tokens - (usage.input_tokens or 0) - (usage.output_tokens or 0))
+            try:
+                if holding is not None:
+                    await holding.decided()
+            finally:
+                call.meter.cost = cost_of(call.meter.attempts, rates)
+                if holding is not None:
+                    holding.settle(outcome)
+                usage = billed_usage(call.meter.attempts)
+                limits.give_back(terms, worst_case.tokens - (usage.input_tokens or 0) - (usage.output_tokens or 0))
         if worst_case.max_new_tokens:
             allowed = worst_case.n * worst_case.max_new_tokens
             accounting.expectations.note(_model_name(call), usage.output_tokens or 0, allowed)
@@ -101,6 +110,87 @@ def hold_request_of(call: Call, worst_case: WorstCase, terms: Terms) -> HoldRequ
         least_new_tokens=least,
         allowances=tuple((account, limits.allowance()) for account, limits in terms),
     )
+
+
+class _Holding:
+    """A hold that was asked for."""
+
+    def __init__(self, call: Call, ledger: Ledger, request: HoldRequest, rates: Rates, early: EarlyStarts) -> None:
+        """Raises LedgerUnavailable."""
+        self._call, self._ledger, self._request, self._rates, self._early = call, ledger, request, rates, early
+        self.is_early = early.may_begin(request, is_costly=bool(rates.costs))
+        """Whether the call may begin."""
+        self.book: _Book | None = None
+        self._asked = ledger.ask(request)
+
+    async def held(self) -> None:
+        """Returns when it is durable, and there is a book. Raises BudgetSpent, BudgetHeld or LedgerUnavailable."""
+        # Shielded: a call that is cancelled may have used something; whether that is held is not to be lost.
+        hold = await asyncio.shield(self._asked)
+        self._early.held(hold)
+        self._open(hold)
+
+    async def first(self, events: Events) -> Event:
+        """The first of the events of a call that has begun early, as soon as it is held. Raises what ``held`` does,
+        whatever the call is waiting for.
+        """
+        loop, waiting, is_waiting = asyncio.get_running_loop(), asyncio.timeout(None), True
+
+        def cut_off(_: asyncio.Future[Hold]) -> None:
+            if is_waiting and self._is_refused():
+                waiting.reschedule(loop.time())
+
+        self._asked.add_done_callback(cut_off)
+        try:
+            async with waiting:
+                event = await anext(events)
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+        finally:
+            is_waiting = False
+            self._asked.remove_done_callback(cut_off)
+        await self.held()
+        assert self.book is not None
+        return self.book.noted(event)
+
+    async def decided(self) -> None:
+        """The call is over: returns when it is known whether it is held, if that matters. What was used by one that is
+        refused is not the caller's to pay.
+        """
+        if self.book is None and self.is_early and not self._asked.done():
+            await asyncio.wait({self._asked})
+        if self._is_refused():
+            self._early.refused(self._request)
+            if attempts := self._call.meter.attempts:
+                usage = billed_usage(attempts)
+                logger.warning(
+                    "refused_after_its_start",
+                    model=_model_name(self._call),
+                    input_tokens=usage.input_tokens,
+                    output_tokens=usage.output_tokens,
+                )
+                attempts.clear()
+
+    def settle(self, outcome: AttemptOutcome) -> None:
+        """The call is over, and priced."""
+        if self.book is not None:
+            self.book.settle(outcome)
+        elif self.is_early or self._asked.done():
+            self._asked.add_done_callback(partial(self._settle_late, outcome))
+        else:
+            self._asked.cancel()
+
+    def _settle_late(self, outcome: AttemptOutcome, asked: asyncio.Future[Hold]) -> None:
+        if not self._is_refused():
+            self._open(asked.result()).settle(outcome)
+
+    def _open(self, hold: Hold) -> _Book:
+        self.book = _Book(self._call, self._ledger, hold, self._rates)
+        return self.book
+
+    def _is_refused(self) -> bool:
+        return self._asked.done() and not self._asked.cancelled() and self._asked.exception() is not None
 
 
 class _Book:

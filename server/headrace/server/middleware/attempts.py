@@ -14,17 +14,9 @@ from itertools import count
 import structlog
 
 from headrace.backends.errors import BackendError, HeadraceError, ProviderLimited
-from headrace.backends.types import (
-    Attempt,
-    AttemptOutcome,
-    Call,
-    ChoiceFinish,
-    Event,
-    Events,
-    FinishReason,
-    Handler,
-    Meter,
-)
+from headrace.backends.events import ChoiceFinish, Event, FinishReason
+from headrace.backends.types import Call, Events, Handler
+from headrace.backends.usage import Attempt, AttemptOutcome, Meter
 from headrace.server.routing.breaker import Breaker, Trial
 from headrace.server.routing.choice import cooling_down
 from headrace.server.routing.judgement import Judgement, combined, judge

@@ -28,7 +28,8 @@ from headrace.backends.errors import (
     Overloaded,
     StreamAborted,
 )
-from headrace.backends.types import Call, Events, Handler, StreamEnd
+from headrace.backends.events import StreamEnd
+from headrace.backends.types import Call, Events, Handler
 from headrace.server.accounting import answer_store
 from headrace.server.accounting.answer_store import LEASE, SECOND, Key
 from headrace.server.accounting.answers import Answer, AnswerEvent, answer_of, decode, digest, encode, size_of
@@ -162,7 +163,8 @@ class Idempotency:
         self._unread.pop(run, None)
         if run.expiry is not None:
             run.expiry.cancel()
-        # It is wanted as long as anybody wants it.
+        # What one reader gets at once is not held back; and it is wanted as long as anybody wants it.
+        run.call.is_streamed = run.call.is_streamed or call.is_streamed
         run.call.extend(call.deadline)
         if call is not run.call:
             call.run = run.call

@@ -12,8 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from headrace.backends.errors import BackendUnavailable, UnsupportedOption
+from headrace.backends.events import StreamEnd
 from headrace.backends.merging import merged
-from headrace.backends.types import CacheStatus, Call, Cost, Events, Handler, StreamEnd, Target, Usage
+from headrace.backends.types import Call, Events, Handler, Target
+from headrace.backends.usage import CacheStatus, Cost, Usage
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.accounting.charges import charge_nanos
 from headrace.server.accounting.hits import Hit

@@ -12,20 +12,8 @@ from dataclasses import replace
 
 from headrace.backends.api import ContinuingTokenizer, InfillTokenizer, Model, ModelCard
 from headrace.backends.errors import HeadraceError, InvalidArgument, UnsupportedOption
-from headrace.backends.types import (
-    Call,
-    ChatInput,
-    Events,
-    GenerateRequest,
-    Handler,
-    InfillInput,
-    Input,
-    Prompt,
-    Scoring,
-    Target,
-    TextInput,
-    TokenIdsInput,
-)
+from headrace.backends.requests import ChatInput, GenerateRequest, InfillInput, Input, Scoring, TextInput, TokenIdsInput
+from headrace.backends.types import Call, Events, Handler, Prompt, Target
 from headrace.server.accounting.bounds import max_input_tokens
 from headrace.server.engine.channels import dialect_of
 from headrace.server.routing.choice import check_length

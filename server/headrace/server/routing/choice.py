@@ -9,7 +9,8 @@ from decimal import Decimal
 
 from headrace.backends.components import Price
 from headrace.backends.errors import BackendUnavailable, HeadraceError, InvalidArgument
-from headrace.backends.types import GenerateRequest, Target
+from headrace.backends.requests import GenerateRequest
+from headrace.backends.types import Target
 from headrace.server.registry import Served
 from headrace.server.routing.fitness import target_for
 from headrace.server.routing.judgement import combined

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from headrace.backends.api import DeterminismClass
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
-from headrace.backends.types import GenerateRequest, Target
+from headrace.backends.requests import GenerateRequest
+from headrace.backends.types import Target
 from headrace.server.engine.model_options import needed_for
 from headrace.server.registry import STRICT_OPTION, Served
 

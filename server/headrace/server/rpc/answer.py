@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
 
-from headrace.backends import types
+from headrace.backends.events import ChoiceFinish, Delta, TokenLogprob, ToolCallDelta
+from headrace.backends.types import Call
+from headrace.backends.usage import Attempt, CacheStatus, Usage
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import usage_pb2
 
@@ -23,14 +25,14 @@ _COUNTS = (
 )
 
 
-def prompt_message(call: types.Call) -> pb.Prompt:
+def prompt_message(call: Call) -> pb.Prompt:
     """The prompt as the model saw it. Only after the first event: ``call.prompt`` is known then."""
     if call.prompt is None:
         raise RuntimeError("events came without a prompt having been set. This is a bug")
     return pb.Prompt(text=call.prompt.text, token_ids=call.prompt.token_ids if call.request.response.token_ids else ())
 
 
-def delta_message(delta: types.Delta, *, token_ids: bool) -> pb.Delta:
+def delta_message(delta: Delta, *, token_ids: bool) -> pb.Delta:
     """``token_ids`` says whether the caller asked for them."""
     return pb.Delta(
         choice_index=delta.choice,
@@ -45,7 +47,7 @@ def delta_message(delta: types.Delta, *, token_ids: bool) -> pb.Delta:
     )
 
 
-def finish_message(finish: types.ChoiceFinish) -> pb.ChoiceFinish:
+def finish_message(finish: ChoiceFinish) -> pb.ChoiceFinish:
     return pb.ChoiceFinish(
         choice_index=finish.choice,
         reason=f"FINISH_REASON_{finish.reason.name}",
@@ -63,11 +65,11 @@ class ChoiceBuilder:
     """Whether the caller asked for them."""
     _texts: list[str] = field(default_factory=list)
     _reasoning: list[str] = field(default_factory=list)
-    _calls: dict[int, list[types.ToolCallDelta]] = field(default_factory=dict)
+    _calls: dict[int, list[ToolCallDelta]] = field(default_factory=dict)
     _message: pb.Choice = field(default_factory=pb.Choice)
 
-    def add(self, event: types.Delta | types.ChoiceFinish) -> None:
-        if isinstance(event, types.ChoiceFinish):
+    def add(self, event: Delta | ChoiceFinish) -> None:
+        if isinstance(event, ChoiceFinish):
             self._message.finish.CopyFrom(finish_message(event))
             return
         self._texts.append(event.text)
@@ -89,7 +91,7 @@ class ChoiceBuilder:
         return self._message
 
 
-def usage_message(usage: types.Usage) -> usage_pb2.Usage:
+def usage_message(usage: Usage) -> usage_pb2.Usage:
     """``None`` ("not reported") stays unset."""
     message = usage_pb2.Usage(**{name: getattr(usage, name) for name in _COUNTS})
     if usage.estimated:
@@ -97,7 +99,7 @@ def usage_message(usage: types.Usage) -> usage_pb2.Usage:
     return message
 
 
-def report_message(call: types.Call, *, now: float) -> pb.GenerationReport:
+def report_message(call: Call, *, now: float) -> pb.GenerationReport:
     """What ``call`` used and where it ran. ``now`` is its end, on the call's clock."""
     usage = call.meter.usage()
     model = call.model
@@ -115,14 +117,14 @@ def report_message(call: types.Call, *, now: float) -> pb.GenerationReport:
     )
 
 
-def _backend(call: types.Call) -> str | None:
+def _backend(call: Call) -> str | None:
     """Of what answered: now, or when the answer was stored."""
     if call.meter.attempts:
         return call.meter.attempts[-1].backend
-    return call.model.backend if call.meter.cache is types.CacheStatus.HIT and call.model is not None else None
+    return call.model.backend if call.meter.cache is CacheStatus.HIT and call.model is not None else None
 
 
-def cost_message(call: types.Call) -> usage_pb2.Cost | None:
+def cost_message(call: Call) -> usage_pb2.Cost | None:
     """What ``call`` costs so far. What a provider bills is the operator's business alone."""
     cost = call.meter.cost
     if cost is None:
@@ -135,7 +137,7 @@ def cost_message(call: types.Call) -> usage_pb2.Cost | None:
     return message
 
 
-def _timings_message(call: types.Call, output_tokens: int | None, now: float) -> usage_pb2.Timings:
+def _timings_message(call: Call, output_tokens: int | None, now: float) -> usage_pb2.Timings:
     meter = call.meter
     timings = usage_pb2.Timings(
         queue=_duration(call.arrived, meter.started),
@@ -163,7 +165,7 @@ def _duration(start: float | None, end: float | None) -> duration_pb2.Duration |
     return None if start is None or end is None else duration_message(end - start)
 
 
-def _attempt_message(attempt: types.Attempt) -> usage_pb2.Attempt:
+def _attempt_message(attempt: Attempt) -> usage_pb2.Attempt:
     return usage_pb2.Attempt(
         backend=attempt.backend,
         model=attempt.model,
@@ -173,7 +175,7 @@ def _attempt_message(attempt: types.Attempt) -> usage_pb2.Attempt:
     )
 
 
-def _logprob_messages(logprobs: Sequence[types.TokenLogprob]) -> Iterable[pb.TokenLogprob]:
+def _logprob_messages(logprobs: Sequence[TokenLogprob]) -> Iterable[pb.TokenLogprob]:
     return [
         pb.TokenLogprob(
             token_id=entry.token_id,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from headrace.backends.api import DeterminismClass, ModelCard
-from headrace.backends.types import Call, Handler, Principal, Sampling
+from headrace.backends.requests import Sampling
+from headrace.backends.types import Call, Handler, Principal
 from headrace.server.accounting.accounting import Accounting
 from headrace.server.registry import ModelState
 

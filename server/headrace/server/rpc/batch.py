@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 from structlog.contextvars import bind_contextvars
 
 from headrace.backends.errors import Draining, InvalidArgument, Overloaded, QueueTimeout
-from headrace.backends.types import Call, LatencyClass
+from headrace.backends.requests import LatencyClass
+from headrace.backends.types import Call
 from headrace.server.rpc.answer import usage_message
 from headrace.server.rpc.calls import NO_REQUEST, Calls, Rpc, convert, parse, run_in_front, tokens_for_log
 from headrace.server.rpc.convert import request_id_of, to_request

@@ -19,7 +19,9 @@ from google.protobuf.message import DecodeError, Message
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from headrace.backends.errors import Draining, InvalidArgument
-from headrace.backends.types import Call, Credentials, Events, GenerateRequest, StreamEnd, TokenIdsInput
+from headrace.backends.events import StreamEnd
+from headrace.backends.requests import GenerateRequest, TokenIdsInput
+from headrace.backends.types import Call, Credentials, Events
 from headrace.server.metrics import Metrics
 from headrace.server.rpc.answer import cost_message, usage_message
 from headrace.server.rpc.application import Application

@@ -13,8 +13,31 @@ from typing import Any
 from google.protobuf import duration_pb2, struct_pb2
 from google.protobuf.message import Message
 
-from headrace.backends import formats, types
+from headrace.backends import formats
 from headrace.backends.errors import InvalidArgument
+from headrace.backends.requests import (
+    ChatInput,
+    ChatMessage,
+    ExpiryAction,
+    GenerateRequest,
+    InfillInput,
+    Input,
+    LatencyClass,
+    NamedTool,
+    Reasoning,
+    ResponseCaching,
+    ResponseOptions,
+    Role,
+    Sampling,
+    Scheduling,
+    Stopping,
+    TextInput,
+    TokenIdsInput,
+    ToolCall,
+    ToolChoice,
+    ToolChoiceMode,
+    ToolDefinition,
+)
 from headrace.server.rpc.options import set_fields
 from headrace.v1 import accounting_pb2, scoring_pb2
 from headrace.v1 import generation_pb2 as pb
@@ -29,30 +52,30 @@ _NOT_OPTIONS = ("request_id", "model", "extensions")
 """What every model accepts; ``extensions`` are checked by name."""
 
 _ROLES = {
-    pb.ROLE_SYSTEM: types.Role.SYSTEM,
-    pb.ROLE_USER: types.Role.USER,
-    pb.ROLE_ASSISTANT: types.Role.ASSISTANT,
-    pb.ROLE_TOOL: types.Role.TOOL,
+    pb.ROLE_SYSTEM: Role.SYSTEM,
+    pb.ROLE_USER: Role.USER,
+    pb.ROLE_ASSISTANT: Role.ASSISTANT,
+    pb.ROLE_TOOL: Role.TOOL,
 }
 # Numbers that the proto does not have are refused by `set_fields`; UNSPECIFIED is the default.
 _LATENCY_CLASSES = {
-    pb.LATENCY_CLASS_VOICE: types.LatencyClass.VOICE,
-    pb.LATENCY_CLASS_CHAT: types.LatencyClass.CHAT,
-    pb.LATENCY_CLASS_BATCH: types.LatencyClass.BATCH,
+    pb.LATENCY_CLASS_VOICE: LatencyClass.VOICE,
+    pb.LATENCY_CLASS_CHAT: LatencyClass.CHAT,
+    pb.LATENCY_CLASS_BATCH: LatencyClass.BATCH,
 }
 _TOOL_CHOICE_MODES = {
-    pb.TOOL_CHOICE_MODE_AUTO: types.ToolChoiceMode.AUTO,
-    pb.TOOL_CHOICE_MODE_NONE: types.ToolChoiceMode.NONE,
-    pb.TOOL_CHOICE_MODE_REQUIRED: types.ToolChoiceMode.REQUIRED,
+    pb.TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.AUTO,
+    pb.TOOL_CHOICE_MODE_NONE: ToolChoiceMode.NONE,
+    pb.TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.REQUIRED,
 }
 _CACHE_MODES = {pb.CACHE_MODE_USE: True, pb.CACHE_MODE_BYPASS: False}
 _EXPIRY_ACTIONS = {
-    pb.EXPIRY_ACTION_PARTIAL: types.ExpiryAction.PARTIAL,
-    pb.EXPIRY_ACTION_ERROR: types.ExpiryAction.ERROR,
+    pb.EXPIRY_ACTION_PARTIAL: ExpiryAction.PARTIAL,
+    pb.EXPIRY_ACTION_ERROR: ExpiryAction.ERROR,
 }
 
 
-_UNSET = types.GenerateRequest(input=types.TextInput("?"))
+_UNSET = GenerateRequest(input=TextInput("?"))
 """What holds where a message says nothing, made once."""
 
 
@@ -72,12 +95,12 @@ def to_request(
     | pb.GenerateBatchRequest
     | accounting_pb2.EstimateCostRequest,
     *,
-    default_latency_class: types.LatencyClass = types.LatencyClass.CHAT,
-) -> types.GenerateRequest:
+    default_latency_class: LatencyClass = LatencyClass.CHAT,
+) -> GenerateRequest:
     """What the message of a generation RPC asks for. Fields beside its ``spec`` and ``index`` are options too."""
     spec = wrapper.spec
     options = set_fields(spec, exclude=_NOT_OPTIONS) | set_fields(wrapper, exclude=("spec", "index"))
-    return types.GenerateRequest(
+    return GenerateRequest(
         input=to_input(spec),
         model=spec.model if spec.HasField("model") else None,
         idempotency_key=spec.idempotency_key if spec.HasField("idempotency_key") else None,
@@ -117,23 +140,23 @@ def _output_format(output: pb.StructuredOutput) -> formats.OutputFormat:
             raise AssertionError(f"format {other!r} has no conversion. This is a bug")
 
 
-def to_input(message: Any) -> types.Input:
+def to_input(message: Any) -> Input:
     """The ``input`` oneof of a GenerationSpec, or of another message with some of its members."""
     match message.WhichOneof("input"):
         case "text":
             if not message.text:
                 raise InvalidArgument("text", "must not be empty")
-            return types.TextInput(message.text)
+            return TextInput(message.text)
         case "token_ids":
             if not message.token_ids.ids:
                 raise InvalidArgument("token_ids.ids", "must have at least one token id")
-            return types.TokenIdsInput(tuple(message.token_ids.ids))
+            return TokenIdsInput(tuple(message.token_ids.ids))
         case "chat":
             return _chat(message.chat)
         case "infill":
             if not (message.infill.prefix or message.infill.suffix):
                 raise InvalidArgument("infill", "must have a prefix or a suffix")
-            return types.InfillInput(message.infill.prefix, message.infill.suffix)
+            return InfillInput(message.infill.prefix, message.infill.suffix)
         case None:
             members = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)
             raise InvalidArgument("input", f"must be set to one of {members}")
@@ -141,8 +164,8 @@ def to_input(message: Any) -> types.Input:
             raise AssertionError(f"input {other!r} has no conversion. This is a bug")
 
 
-def _sampling(options: pb.SamplingOptions) -> types.Sampling:
-    return types.Sampling(
+def _sampling(options: pb.SamplingOptions) -> Sampling:
+    return Sampling(
         logit_bias=dict(options.logit_bias),
         **_given(
             options,
@@ -158,8 +181,8 @@ def _sampling(options: pb.SamplingOptions) -> types.Sampling:
     )
 
 
-def _stopping(options: pb.StoppingOptions) -> types.Stopping:
-    return types.Stopping(
+def _stopping(options: pb.StoppingOptions) -> Stopping:
+    return Stopping(
         stop_sequences=tuple(options.stop_sequences),
         stop_token_ids=tuple(options.stop_token_ids),
         time_limit=_seconds("stopping.time_limit", options, "time_limit"),
@@ -167,26 +190,26 @@ def _stopping(options: pb.StoppingOptions) -> types.Stopping:
     )
 
 
-def _response(options: pb.ResponseOptions) -> types.ResponseOptions:
-    return types.ResponseOptions(**_given(options, "logprobs", "top_logprobs", "token_ids", "echo", "usage_interval"))
+def _response(options: pb.ResponseOptions) -> ResponseOptions:
+    return ResponseOptions(**_given(options, "logprobs", "top_logprobs", "token_ids", "echo", "usage_interval"))
 
 
-def _reasoning(options: pb.ReasoningOptions) -> types.Reasoning:
-    return types.Reasoning(**_given(options, "enabled", "max_reasoning_tokens", "include_text"))
+def _reasoning(options: pb.ReasoningOptions) -> Reasoning:
+    return Reasoning(**_given(options, "enabled", "max_reasoning_tokens", "include_text"))
 
 
-def to_scheduling(options: pb.SchedulingOptions, default_latency_class: types.LatencyClass) -> types.Scheduling:
+def to_scheduling(options: pb.SchedulingOptions, default_latency_class: LatencyClass) -> Scheduling:
     """The SchedulingOptions of a request."""
-    return types.Scheduling(
+    return Scheduling(
         latency_class=_LATENCY_CLASSES.get(options.latency_class, default_latency_class),
         queue_timeout=_seconds("scheduling.queue_timeout", options, "queue_timeout"),
-        on_expiry=_EXPIRY_ACTIONS.get(options.on_expiry, types.ExpiryAction.PARTIAL),
+        on_expiry=_EXPIRY_ACTIONS.get(options.on_expiry, ExpiryAction.PARTIAL),
         **_given(options, "priority"),
     )
 
 
-def to_response_caching(policy: pb.CachePolicy) -> types.ResponseCaching:
-    return types.ResponseCaching(
+def to_response_caching(policy: pb.CachePolicy) -> ResponseCaching:
+    return ResponseCaching(
         enabled=_CACHE_MODES.get(policy.response),
         max_age=_seconds("cache.response_max_age", policy, "response_max_age"),
         ttl=_seconds("cache.response_ttl", policy, "response_ttl"),
@@ -195,10 +218,10 @@ def to_response_caching(policy: pb.CachePolicy) -> types.ResponseCaching:
     )
 
 
-def _chat(chat: pb.ChatInput) -> types.ChatInput:
+def _chat(chat: pb.ChatInput) -> ChatInput:
     if len(chat.tools) > MAX_TOOLS:
         raise InvalidArgument("chat.tools", f"must have at most {MAX_TOOLS} entries, got {len(chat.tools)}")
-    return types.ChatInput(
+    return ChatInput(
         messages=tuple(_chat_message(f"chat.messages[{i}]", message) for i, message in enumerate(chat.messages)),
         tools=tuple(_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)),
         tool_choice=_tool_choice(chat),
@@ -207,7 +230,7 @@ def _chat(chat: pb.ChatInput) -> types.ChatInput:
     )
 
 
-def _chat_message(path: str, message: pb.ChatMessage) -> types.ChatMessage:
+def _chat_message(path: str, message: pb.ChatMessage) -> ChatMessage:
     role = _ROLES.get(message.role)
     if role is None:
         raise InvalidArgument(f"{path}.role", "must be set")
@@ -216,26 +239,26 @@ def _chat_message(path: str, message: pb.ChatMessage) -> types.ChatMessage:
     for i, part in enumerate(message.content):
         if part.WhichOneof("part") is None:
             raise InvalidArgument(f"{path}.content[{i}]", "must be set to one of text")
-    return types.ChatMessage(
+    return ChatMessage(
         role=role,
         text="".join(part.text for part in message.content),
-        tool_calls=tuple(types.ToolCall(call.id, call.name, call.arguments_json) for call in message.tool_calls),
+        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments_json) for call in message.tool_calls),
         **_given(message, "name", "tool_call_id", "reasoning_text"),
     )
 
 
-def _tool(path: str, tool: pb.ToolDefinition) -> types.ToolDefinition:
+def _tool(path: str, tool: pb.ToolDefinition) -> ToolDefinition:
     if not re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_TOOL_NAME}}}", tool.name):
         raise InvalidArgument(f"{path}.name", f"must be 1 to {MAX_TOOL_NAME} letters, digits, '_' or '-'")
-    return types.ToolDefinition(name=tool.name, **_given(tool, "description", "parameters_json_schema"))
+    return ToolDefinition(name=tool.name, **_given(tool, "description", "parameters_json_schema"))
 
 
-def _tool_choice(chat: pb.ChatInput) -> types.ToolChoice:
+def _tool_choice(chat: pb.ChatInput) -> ToolChoice:
     if not chat.HasField("tool_choice"):
-        return types.ToolChoiceMode.AUTO
+        return ToolChoiceMode.AUTO
     choice = chat.tool_choice
     if choice.WhichOneof("choice") == "name":
-        return types.NamedTool(choice.name)
+        return NamedTool(choice.name)
     mode = _TOOL_CHOICE_MODES.get(choice.mode)
     if mode is None:
         raise InvalidArgument("chat.tool_choice", "must be set to a mode or the name of a tool")

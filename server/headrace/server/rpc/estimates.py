@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from headrace.backends.components import Price
 from headrace.backends.errors import BudgetHeld, BudgetSpent
-from headrace.backends.types import Call, Events, StreamEnd, Target, Usage
+from headrace.backends.events import StreamEnd
+from headrace.backends.types import Call, Events, Target
+from headrace.backends.usage import Usage
 from headrace.server.accounting import queries
 from headrace.server.accounting.accounts import Terms
 from headrace.server.accounting.admission import Balance, admit

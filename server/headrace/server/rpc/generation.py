@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 from headrace.backends.errors import InvalidArgument, StreamNotFound
-from headrace.backends.types import Call, ChoiceFinish, Delta, GenerateRequest, Handler, StreamEnd
+from headrace.backends.events import ChoiceFinish, Delta, StreamEnd
+from headrace.backends.requests import GenerateRequest
+from headrace.backends.types import Call, Handler
 from headrace.server.metrics import Metrics
 from headrace.server.rpc.answer import (
     ChoiceBuilder,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from headrace.backends.components import ListedPrice
 from headrace.backends.errors import ModelNotFound
-from headrace.backends.types import Call, Sampling
+from headrace.backends.requests import Sampling
+from headrace.backends.types import Call
 from headrace.server.accounting.prices import Priced
 from headrace.server.rpc.answer import duration_message
 from headrace.server.rpc.application import Application, ServedModel, ServedTarget

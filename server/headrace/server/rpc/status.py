@@ -155,9 +155,10 @@ def failure_of(error: Exception, *, request_id: str, field_prefix: str = "") -> 
     else:
         message = error.message
         if isinstance(error, errors.BackendError):
-            # What goes wrong at a provider needs no traceback of ours.
-            trace = None if error.provider_status is not None else error
             cause = error.__cause__ and str(error.__cause__)
+            # What goes wrong at a provider needs no traceback of ours, nor does what says of itself that it is away.
+            is_away = isinstance(error, errors.BackendUnavailable) and cause is None
+            trace = None if error.provider_status is not None or is_away else error
             logger.warning("backend_failed", reason=error.message, cause=cause, exc_info=trace)
     details = [
         error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=row.metadata(error) | _provider(error)),

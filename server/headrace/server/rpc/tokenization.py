@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from headrace.backends.api import Encoding, Model, Tokenizer
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
-from headrace.backends.types import Call, ChatInput, GenerateRequest, Input, TextInput, TokenIdsInput
+from headrace.backends.requests import ChatInput, GenerateRequest, Input, TextInput, TokenIdsInput
+from headrace.backends.types import Call
 from headrace.server.rpc.application import Application
 from headrace.server.rpc.calls import Rpc, convert, parse, run_in_front
 from headrace.server.rpc.convert import to_input

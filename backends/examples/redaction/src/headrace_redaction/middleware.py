@@ -11,19 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.backends.components import Place
 from headrace.backends.errors import InvalidArgument
-from headrace.backends.types import (
-    Call,
+from headrace.backends.requests import (
     ChatInput,
     ChatMessage,
-    Events,
     GenerateRequest,
-    Handler,
     InfillInput,
     Input,
     TextInput,
     TokenIdsInput,
     ToolDefinition,
 )
+from headrace.backends.types import Call, Events, Handler
 from headrace_redaction.finders import Kind
 from headrace_redaction.redactor import Redactor
 

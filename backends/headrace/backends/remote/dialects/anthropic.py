@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import JsonSchemaFormat
-from headrace.backends.remote.dialect import Problem
+from headrace.backends.remote.dialect import Dialect, Extension, Problem
 from headrace.backends.remote.dialects.anthropic_stream import AnthropicReader, problem_of
 from headrace.backends.remote.dialects.anthropic_thoughts import read_id
-from headrace.backends.remote.dialects.chat import called_tools, json_object, split_system
+from headrace.backends.remote.dialects.chat import (
+    CONVERSATION,
+    called_tools,
+    chat_of,
+    json_object,
+    split_system,
+    tools_of,
+    turns_of,
+)
+from headrace.backends.remote.dialects.fields import sampling_of, stop_of
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.types import Call, ChatInput, ChatMessage, NamedTool, Role, ToolChoiceMode, Usage
+from headrace.backends.requests import ChatInput, ChatMessage, NamedTool, Role, ToolChoiceMode
+from headrace.backends.types import Call
 
 _MIN_THINKING = 1024
 """What the API takes as ``budget_tokens``, at least."""
 _MIN_TOP_P = 0.95
 """While it thinks."""
 _CHOICE_MODES = {ToolChoiceMode.AUTO: "auto", ToolChoiceMode.REQUIRED: "any", ToolChoiceMode.NONE: "none"}
-_SAMPLING = ("temperature", "top_k", "top_p")
+_SAMPLING = {name: name for name in ("temperature", "top_k", "top_p")}
 
 
 class CacheControl(BaseModel):
@@ -33,10 +43,8 @@ class CacheControl(BaseModel):
     type: Literal["ephemeral"]
 
 
-class AnthropicExtension(BaseModel):
+class AnthropicExtension(Extension):
     """``extensions["anthropic"]``: fields of the API's by their names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     cache_control: CacheControl | None = None
     """Caches the prompt up to the last block that can be."""
@@ -46,99 +54,52 @@ class AnthropicExtension(BaseModel):
     """``metadata.user_id``: whom the call is for, by a name that tells nothing of them."""
 
 
-class AnthropicDialect:
-    """The dialect ``anthropic``."""
+def _headers(key: str | None) -> Mapping[str, str]:
+    return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key is not None else {})
 
-    name: ClassVar[str] = "anthropic"
-    base_url: ClassVar[str | None] = "https://api.anthropic.com"
-    options: ClassVar[frozenset[str]] = frozenset(
-        {
-            "chat.messages.role",
-            "chat.messages.content.text",
-            "chat.messages.tool_calls.id",
-            "chat.messages.tool_calls.name",
-            "chat.messages.tool_calls.arguments_json",
-            "chat.messages.tool_call_id",
-            "chat.tools.name",
-            "chat.tools.description",
-            "chat.tools.parameters_json_schema",
-            "chat.tool_choice.mode",
-            "chat.tool_choice.name",
-            "chat.add_generation_prompt",
-            "sampling.temperature",
-            "sampling.top_k",
-            "sampling.top_p",
-            "stopping.max_new_tokens",
-            "stopping.stop_sequences",
-            "stopping.include_stop_sequence",
-            "structured_output.json_schema",
-            "reasoning.enabled",
-            "reasoning.max_reasoning_tokens",
-            "reasoning.include_text",
-        }
-    )
-    max_n: ClassVar[int] = 1
-    max_top_logprobs: ClassVar[int] = 0
-    extension: ClassVar[type[BaseModel] | None] = AnthropicExtension
 
-    def headers(self, key: str | None) -> Mapping[str, str]:
-        return {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key is not None else {})
+def _body(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+    request, chat = call.request, chat_of(call)
+    system, messages = split_system(chat)
+    body: dict[str, Any] = {
+        "model": model.model,
+        "max_tokens": call.max_new_tokens,
+        "stream": True,
+        "messages": _messages(messages, continues=not chat.add_generation_prompt),
+        **sampling_of(request, _SAMPLING, max_temperature=1.0),
+        **stop_of(request, "stop_sequences"),
+    }
+    if system is not None:
+        body["system"] = system
+    if chat.tools:
+        body["tools"] = tools_of(chat, schema="input_schema", input_schema={"type": "object", "properties": {}})
+        body["tool_choice"] = _tool_choice(chat)
+    if (thinking := _thinking(call, model)) is not None:
+        body["thinking"] = thinking
+        if thinking["type"] != "disabled":
+            _check_thinking(chat, body)
+    output: dict[str, Any] = {}
+    if isinstance(request.output_format, JsonSchemaFormat):
+        schema = json_object(request.output_format.schema, "structured_output.json_schema")
+        output["format"] = {"type": "json_schema", "schema": schema}
+    extension = call.extensions.get(ANTHROPIC.name)
+    if isinstance(extension, AnthropicExtension):
+        if extension.cache_control is not None:
+            body["cache_control"] = extension.cache_control.model_dump()
+        if extension.effort is not None:
+            output["effort"] = extension.effort
+        if extension.user_id is not None:
+            body["metadata"] = {"user_id": extension.user_id}
+    if output:
+        body["output_config"] = output
+    return body
 
-    def path(self, model: RemoteModelOptions) -> str:  # noqa: ARG002 -- it is in the body
-        return "/v1/messages"
 
-    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-        request = call.request
-        chat = request.input
-        assert isinstance(chat, ChatInput)
-        system, messages = split_system(chat)
-        body: dict[str, Any] = {
-            "model": model.model,
-            "max_tokens": call.max_new_tokens,
-            "stream": True,
-            "messages": _messages(messages, continues=not chat.add_generation_prompt),
-        }
-        if system is not None:
-            body["system"] = system
-        for name in _SAMPLING:
-            if f"sampling.{name}" in request.options:
-                body[name] = getattr(request.sampling, name)
-        if (body.get("temperature") or 0) > 1:
-            problem = f"must be at most 1 for this model's provider, got {body['temperature']}"
-            raise InvalidArgument("sampling.temperature", problem)
-        if request.stopping.stop_sequences:
-            body["stop_sequences"] = list(request.stopping.stop_sequences)
-        if chat.tools:
-            body["tools"] = _tools(chat)
-            body["tool_choice"] = _tool_choice(chat)
-        if (thinking := _thinking(call, model)) is not None:
-            body["thinking"] = thinking
-            if thinking["type"] != "disabled":
-                _check_thinking(chat, body)
-        output: dict[str, Any] = {}
-        if isinstance(request.output_format, JsonSchemaFormat):
-            schema = json_object(request.output_format.schema, "structured_output.json_schema")
-            output["format"] = {"type": "json_schema", "schema": schema}
-        extension = call.extensions.get(self.name)
-        if isinstance(extension, AnthropicExtension):
-            if extension.cache_control is not None:
-                body["cache_control"] = extension.cache_control.model_dump()
-            if extension.effort is not None:
-                output["effort"] = extension.effort
-            if extension.user_id is not None:
-                body["metadata"] = {"user_id": extension.user_id}
-        if output:
-            body["output_config"] = output
-        return body
-
-    def reader(self, call: Call, usage: Usage) -> AnthropicReader:
-        return AnthropicReader(call, usage)
-
-    def problem(self, body: bytes) -> Problem:
-        try:
-            return problem_of(json.loads(body)["error"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return Problem()
+def _problem(body: bytes) -> Problem:
+    try:
+        return problem_of(json.loads(body)["error"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Problem()
 
 
 def _messages(messages: Sequence[tuple[int, ChatMessage]], *, continues: bool) -> list[dict[str, Any]]:
@@ -150,17 +111,7 @@ def _messages(messages: Sequence[tuple[int, ChatMessage]], *, continues: bool) -
         problem = "must not end with the assistant's, which the provider would continue: set add_generation_prompt to "
         raise InvalidArgument("chat.messages", f"{problem}false if that is meant")
     called_tools(messages)
-    turns: list[dict[str, Any]] = []
-    for i, message in messages:
-        blocks = _blocks(f"chat.messages[{i}]", message)
-        if not blocks:
-            raise InvalidArgument(f"chat.messages[{i}].content", "must not be empty for this model's provider")
-        role = "assistant" if message.role is Role.ASSISTANT else "user"
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += blocks
-        else:
-            turns.append({"role": role, "content": blocks})
-    return turns
+    return turns_of(messages, _blocks, assistant="assistant", parts="content")
 
 
 def _blocks(path: str, message: ChatMessage) -> list[dict[str, Any]]:
@@ -185,22 +136,6 @@ def _blocks(path: str, message: ChatMessage) -> list[dict[str, Any]]:
 
 def _text(text: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text}] if text else []
-
-
-def _tools(chat: ChatInput) -> list[dict[str, Any]]:
-    tools = []
-    for i, definition in enumerate(chat.tools):
-        schema = definition.parameters_json_schema
-        tool: dict[str, Any] = {
-            "name": definition.name,
-            "input_schema": {"type": "object", "properties": {}}
-            if schema is None
-            else json_object(schema, f"chat.tools[{i}].parameters_json_schema"),
-        }
-        if definition.description is not None:
-            tool["description"] = definition.description
-        tools.append(tool)
-    return tools
 
 
 def _tool_choice(chat: ChatInput) -> dict[str, Any]:
@@ -247,3 +182,29 @@ def _check_thinking(chat: ChatInput, body: Mapping[str, Any]) -> None:
     if wrong is not None:
         field, problem = wrong
         raise InvalidArgument(field, f"{problem}: this model's provider cannot do both")
+
+
+ANTHROPIC = Dialect(
+    name="anthropic",
+    base_url="https://api.anthropic.com",
+    options=CONVERSATION
+    | {
+        "chat.tool_choice.name",
+        "chat.add_generation_prompt",
+        "sampling.top_k",
+        "sampling.top_p",
+        "stopping.stop_sequences",
+        "stopping.include_stop_sequence",
+        "structured_output.json_schema",
+        "reasoning.enabled",
+        "reasoning.max_reasoning_tokens",
+        "reasoning.include_text",
+    },
+    extension=AnthropicExtension,
+    headers=_headers,
+    path=lambda _: "/v1/messages",
+    body=_body,
+    reader=AnthropicReader,
+    problem=_problem,
+)
+"""The dialect ``anthropic``."""

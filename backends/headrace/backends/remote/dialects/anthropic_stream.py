@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, ToolCallDelta
 from headrace.backends.remote.dialect import Problem, StreamFailed
 from headrace.backends.remote.dialects.anthropic_thoughts import redacted, signed
 from headrace.backends.remote.dialects.counts import count
 from headrace.backends.remote.sse import ServerSentEvent
-from headrace.backends.types import Call, ChoiceFinish, Delta, Event, FinishReason, ToolCallDelta, Usage
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 
 _REASONS = {
     "end_turn": FinishReason.EOS_TOKEN,

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
-from typing import Any, ClassVar, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal
 
 from headrace.backends.errors import InvalidArgument
 from headrace.backends.formats import ChoiceFormat, JsonSchemaFormat
-from headrace.backends.remote.dialect import Problem
-from headrace.backends.remote.dialects.chat import called_tools, json_object, split_system
+from headrace.backends.remote.dialect import Dialect, Extension, Problem
+from headrace.backends.remote.dialects.chat import (
+    CONVERSATION,
+    called_tools,
+    chat_of,
+    json_object,
+    split_system,
+    tools_of,
+    turns_of,
+)
+from headrace.backends.remote.dialects.fields import sampling_of, seed_of, stop_of
 from headrace.backends.remote.dialects.gemini_signatures import NO_SIGNATURE, read_id
 from headrace.backends.remote.dialects.gemini_stream import GeminiReader, problem_of
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.types import Call, ChatInput, ChatMessage, NamedTool, Reasoning, Role, ToolChoiceMode, Usage
+from headrace.backends.requests import ChatInput, ChatMessage, NamedTool, Reasoning, Role, ToolChoiceMode
+from headrace.backends.types import Call
 
-_MAX_TEMPERATURE = 2
-_MAX_STOP_SEQUENCES = 5
-_MAX_SEED = 2**31 - 1
 _ANY_BUDGET = -1
 """``thinkingBudget``: as much as the model finds right."""
 _SAMPLING = {
@@ -33,84 +39,41 @@ _SAMPLING = {
 _CHOICE_MODES = {ToolChoiceMode.AUTO: "AUTO", ToolChoiceMode.REQUIRED: "ANY", ToolChoiceMode.NONE: "NONE"}
 
 
-class GeminiExtension(BaseModel):
+class GeminiExtension(Extension):
     """``extensions["gemini"]``: fields of the API's by their names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     thinkingLevel: Literal["MINIMAL", "LOW", "MEDIUM", "HIGH"] | None = None  # noqa: N815 -- the API's name
     """How much a model thinks that takes no number of tokens."""
 
 
-class GeminiDialect:
-    """The dialect ``gemini``."""
+def _headers(key: str | None) -> Mapping[str, str]:
+    return {} if key is None else {"x-goog-api-key": key}
 
-    name: ClassVar[str] = "gemini"
-    base_url: ClassVar[str | None] = "https://generativelanguage.googleapis.com/v1beta"
-    options: ClassVar[frozenset[str]] = frozenset(
-        {
-            "chat.messages.role",
-            "chat.messages.content.text",
-            "chat.messages.tool_calls.id",
-            "chat.messages.tool_calls.name",
-            "chat.messages.tool_calls.arguments_json",
-            "chat.messages.tool_call_id",
-            "chat.tools.name",
-            "chat.tools.description",
-            "chat.tools.parameters_json_schema",
-            "chat.tool_choice.mode",
-            "chat.tool_choice.name",
-            "sampling.temperature",
-            "sampling.top_k",
-            "sampling.top_p",
-            "sampling.presence_penalty",
-            "sampling.frequency_penalty",
-            "stopping.max_new_tokens",
-            "stopping.stop_sequences",
-            "structured_output.json_schema",
-            "structured_output.choice.texts",
-            "reasoning.enabled",
-            "reasoning.max_reasoning_tokens",
-            "reasoning.include_text",
-            "response.logprobs",
-            "response.top_logprobs",
-            "determinism.seed",
-            "n",
-        }
-    )
-    max_n: ClassVar[int] = 8
-    max_top_logprobs: ClassVar[int] = 20
-    extension: ClassVar[type[BaseModel] | None] = GeminiExtension
 
-    def headers(self, key: str | None) -> Mapping[str, str]:
-        return {} if key is None else {"x-goog-api-key": key}
+def _path(model: RemoteModelOptions) -> str:
+    assert model.model is not None
+    name = model.model if "/" in model.model else f"models/{model.model}"
+    return f"/{name}:streamGenerateContent?alt=sse"
 
-    def path(self, model: RemoteModelOptions) -> str:
-        assert model.model is not None
-        name = model.model if "/" in model.model else f"models/{model.model}"
-        return f"/{name}:streamGenerateContent?alt=sse"
 
-    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-        chat = call.request.input
-        assert isinstance(chat, ChatInput)
-        system, messages = split_system(chat)
-        body: dict[str, Any] = {"contents": _contents(messages), "generationConfig": _config(call, model)}
-        if system is not None:
-            body["systemInstruction"] = {"parts": [{"text": system}]}
-        if chat.tools:
-            body["tools"] = [{"functionDeclarations": _declarations(chat)}]
-            body["toolConfig"] = {"functionCallingConfig": _calling(chat)}
-        return body
+def _body(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+    chat = chat_of(call)
+    system, messages = split_system(chat)
+    body: dict[str, Any] = {"contents": _contents(messages), "generationConfig": _config(call, model)}
+    if system is not None:
+        body["systemInstruction"] = {"parts": [{"text": system}]}
+    if chat.tools:
+        body["tools"] = [{"functionDeclarations": tools_of(chat, schema="parametersJsonSchema")}]
+        body["toolConfig"] = {"functionCallingConfig": _calling(chat)}
+    return body
 
-    def reader(self, call: Call, usage: Usage) -> GeminiReader:
-        return GeminiReader(call, usage)
 
-    def problem(self, body: bytes) -> Problem:
-        try:
-            data = json.loads(body)
-            return problem_of((data[0] if isinstance(data, list) else data)["error"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return Problem()
+def _problem(body: bytes) -> Problem:
+    try:
+        data = json.loads(body)
+        return problem_of((data[0] if isinstance(data, list) else data)["error"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Problem()
 
 
 def _contents(messages: Sequence[tuple[int, ChatMessage]]) -> list[dict[str, Any]]:
@@ -118,17 +81,8 @@ def _contents(messages: Sequence[tuple[int, ChatMessage]]) -> list[dict[str, Any
     if messages[-1][1].role is Role.ASSISTANT:
         raise InvalidArgument("chat.messages", "must not end with the assistant's for this model's provider")
     names = called_tools(messages)
-    contents: list[dict[str, Any]] = []
-    for i, message in _in_order(messages, names):
-        parts = _parts(f"chat.messages[{i}]", message, names)
-        if not parts:
-            raise InvalidArgument(f"chat.messages[{i}].content", "must not be empty for this model's provider")
-        role = "model" if message.role is Role.ASSISTANT else "user"
-        if contents and contents[-1]["role"] == role:
-            contents[-1]["parts"] += parts
-        else:
-            contents.append({"role": role, "parts": parts})
-    return contents
+    parts_of = partial(_parts, names)
+    return turns_of(_in_order(messages, names), parts_of, assistant="model", parts="parts")
 
 
 def _in_order(messages: Iterable[tuple[int, ChatMessage]], names: Iterable[str]) -> Iterator[tuple[int, ChatMessage]]:
@@ -141,7 +95,7 @@ def _in_order(messages: Iterable[tuple[int, ChatMessage]], names: Iterable[str])
         yield from run
 
 
-def _parts(path: str, message: ChatMessage, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _parts(names: Mapping[str, str], path: str, message: ChatMessage) -> list[dict[str, Any]]:
     if message.role is Role.TOOL:
         assert message.tool_call_id is not None
         own_id, _ = read_id(message.tool_call_id)
@@ -160,26 +114,14 @@ def _parts(path: str, message: ChatMessage, names: Mapping[str, str]) -> list[di
 
 def _config(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
     request = call.request
-    sampling, stops = request.sampling, request.stopping.stop_sequences
-    config: dict[str, Any] = {"maxOutputTokens": call.max_new_tokens}
-    for name, its_name in _SAMPLING.items():
-        if f"sampling.{name}" in request.options:
-            config[its_name] = getattr(sampling, name)
-    if (sampling.temperature or 0) > _MAX_TEMPERATURE:
-        problem = f"must be at most {_MAX_TEMPERATURE} for this model's provider, got {sampling.temperature}"
-        raise InvalidArgument("sampling.temperature", problem)
-    if len(stops) > _MAX_STOP_SEQUENCES:
-        problem = f"must have at most {_MAX_STOP_SEQUENCES} entries for this model's provider, got {len(stops)}"
-        raise InvalidArgument("stopping.stop_sequences", problem)
-    if stops:
-        config["stopSequences"] = list(stops)
+    config: dict[str, Any] = {
+        "maxOutputTokens": call.max_new_tokens,
+        **sampling_of(request, _SAMPLING, max_temperature=2.0),
+        **stop_of(request, "stopSequences", most=5),
+        **seed_of(request, most=2**31 - 1),
+    }
     if request.n > 1:
         config["candidateCount"] = request.n
-    if request.seed is not None:
-        if request.seed > _MAX_SEED:
-            problem = f"must be at most {_MAX_SEED} for this model's provider, got {request.seed}"
-            raise InvalidArgument("determinism.seed", problem)
-        config["seed"] = request.seed
     if request.response.logprobs:
         config["responseLogprobs"] = True
         if request.response.top_logprobs:
@@ -191,7 +133,7 @@ def _config(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
         case ChoiceFormat(texts):
             config["responseMimeType"] = "text/x.enum"
             config["responseSchema"] = {"type": "STRING", "enum": list(texts)}
-    extension = call.extensions.get(GeminiDialect.name)
+    extension = call.extensions.get(GEMINI.name)
     level = extension.thinkingLevel if isinstance(extension, GeminiExtension) else None
     if (thinking := _thinking(request.reasoning, level, model)) is not None:
         config["thinkingConfig"] = thinking
@@ -216,19 +158,40 @@ def _thinking(reasoning: Reasoning, level: str | None, model: RemoteModelOptions
     return None
 
 
-def _declarations(chat: ChatInput) -> list[dict[str, Any]]:
-    declarations = []
-    for i, definition in enumerate(chat.tools):
-        declaration: dict[str, Any] = {"name": definition.name}
-        if definition.description is not None:
-            declaration["description"] = definition.description
-        if (schema := definition.parameters_json_schema) is not None:
-            declaration["parametersJsonSchema"] = json_object(schema, f"chat.tools[{i}].parameters_json_schema")
-        declarations.append(declaration)
-    return declarations
-
-
 def _calling(chat: ChatInput) -> dict[str, Any]:
     if isinstance(chat.tool_choice, NamedTool):
         return {"mode": "ANY", "allowedFunctionNames": [chat.tool_choice.name]}
     return {"mode": _CHOICE_MODES[chat.tool_choice]}
+
+
+GEMINI = Dialect(
+    name="gemini",
+    base_url="https://generativelanguage.googleapis.com/v1beta",
+    options=CONVERSATION
+    | {
+        "chat.tool_choice.name",
+        "sampling.top_k",
+        "sampling.top_p",
+        "sampling.presence_penalty",
+        "sampling.frequency_penalty",
+        "stopping.stop_sequences",
+        "structured_output.json_schema",
+        "structured_output.choice.texts",
+        "reasoning.enabled",
+        "reasoning.max_reasoning_tokens",
+        "reasoning.include_text",
+        "response.logprobs",
+        "response.top_logprobs",
+        "determinism.seed",
+        "n",
+    },
+    max_n=8,
+    max_top_logprobs=20,
+    extension=GeminiExtension,
+    headers=_headers,
+    path=_path,
+    body=_body,
+    reader=GeminiReader,
+    problem=_problem,
+)
+"""The dialect ``gemini``."""

@@ -7,21 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, TokenLogprob, ToolCallDelta, TopLogprob
 from headrace.backends.remote.dialect import Problem, StreamFailed
 from headrace.backends.remote.dialects.counts import count
 from headrace.backends.remote.dialects.gemini_signatures import made_id, signed_id
 from headrace.backends.remote.sse import ServerSentEvent
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
-    FinishReason,
-    TokenLogprob,
-    ToolCallDelta,
-    TopLogprob,
-    Usage,
-)
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 
 _FAILURES = {
     "MALFORMED_FUNCTION_CALL",

@@ -7,26 +7,35 @@ Source: https://platform.openai.com/docs/api-reference/completions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
-from pydantic import BaseModel
-
-from headrace.backends.remote.dialect import AnswerReader, Problem
-from headrace.backends.remote.dialects.openai_chat import SAMPLING
-from headrace.backends.remote.dialects.openai_compatible import MAX_TEMPERATURE
-from headrace.backends.remote.dialects.openai_json import bearer, problem_of, sampling_of, seed_of, stop_of
+from headrace.backends.remote.dialects.fields import sampling_of, seed_of, stop_of
+from headrace.backends.remote.dialects.openai_requests import MAX_SEED, SAMPLING, openai_dialect
 from headrace.backends.remote.dialects.openai_stream import ChunkReader, delta_of_text
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.types import Call, TextInput, Usage
+from headrace.backends.requests import TextInput
+from headrace.backends.types import Call
 
 
-class OpenAiCompletions:
-    """Text completions at any server (``Dialect``)."""
+def _body(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+    request = call.request
+    assert isinstance(request.input, TextInput), "no other input is declared. This is a bug"
+    return {
+        "model": model.model,
+        "prompt": request.input.text,
+        "max_tokens": call.max_new_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **sampling_of(request, SAMPLING),
+        **stop_of(request, "stop"),
+        **seed_of(request, most=MAX_SEED),
+    }
 
-    name: ClassVar[str] = "openai-completions"
-    base_url: ClassVar[str | None] = None
-    options: ClassVar[frozenset[str]] = frozenset(
+
+COMPLETIONS = openai_dialect(
+    name="openai-completions",
+    options=frozenset(
         {
             "text",
             "sampling.temperature",
@@ -37,33 +46,9 @@ class OpenAiCompletions:
             "stopping.stop_sequences",
             "determinism.seed",
         }
-    )
-    max_n: ClassVar[int] = 1
-    max_top_logprobs: ClassVar[int] = 0
-    extension: ClassVar[type[BaseModel] | None] = None
-
-    def headers(self, key: str | None) -> Mapping[str, str]:
-        return bearer(key)
-
-    def path(self, model: RemoteModelOptions) -> str:  # noqa: ARG002  # it is the same for all
-        return "/completions"
-
-    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-        request = call.request
-        assert isinstance(request.input, TextInput), "no other input is declared. This is a bug"
-        return {
-            "model": model.model,
-            "prompt": request.input.text,
-            "max_tokens": call.max_new_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **sampling_of(request, SAMPLING, max_temperature=MAX_TEMPERATURE),
-            **stop_of(request),
-            **seed_of(request),
-        }
-
-    def reader(self, call: Call, usage: Usage) -> AnswerReader:
-        return ChunkReader(call, usage, delta_of=delta_of_text)
-
-    def problem(self, body: bytes) -> Problem:
-        return problem_of(body)
+    ),
+    path=lambda _: "/completions",
+    body=_body,
+    reader=partial(ChunkReader, delta_of=delta_of_text),
+)
+"""Text completions at any server."""

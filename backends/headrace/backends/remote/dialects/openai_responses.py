@@ -10,120 +10,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, ToolCallDelta
 from headrace.backends.formats import JsonObjectFormat, JsonSchemaFormat
-from headrace.backends.remote.dialect import AnswerReader, Problem
-from headrace.backends.remote.dialects.counts import count
-from headrace.backends.remote.dialects.openai_json import (
-    bearer,
-    chat_of,
-    extension_of,
-    failure_in,
-    function_of,
-    id_of,
-    problem_of,
-    sampling_of,
-    schema_of,
-)
+from headrace.backends.remote.dialects.chat import CONVERSATION, chat_of, tools_of
+from headrace.backends.remote.dialects.fields import sampling_of
+from headrace.backends.remote.dialects.openai import OpenAiExtension
+from headrace.backends.remote.dialects.openai_answers import failure_in, read_usage
+from headrace.backends.remote.dialects.openai_requests import extension_of, id_of, openai_dialect, schema_of
 from headrace.backends.remote.options import RemoteModelOptions
 from headrace.backends.remote.sse import ServerSentEvent
-from headrace.backends.types import (
-    Call,
-    ChatInput,
-    ChoiceFinish,
-    Delta,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    NamedTool,
-    Role,
-    ToolCallDelta,
-    Usage,
-)
+from headrace.backends.requests import ChatInput, GenerateRequest, NamedTool, Role
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 
+_SAMPLING = {"temperature": "temperature", "top_p": "top_p"}
 _INCOMPLETE = {"max_output_tokens": FinishReason.MAX_TOKENS, "content_filter": FinishReason.CONTENT_FILTER}
 
 
-class ResponsesExtension(BaseModel):
+class ResponsesExtension(OpenAiExtension):
     """``extensions["openai-responses"]``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    reasoning_effort: str | None = None
-    """How much a model that reasons does so, such as "low"."""
     reasoning_summary: str | None = None
     """What is told of the reasoning: "auto", "concise" or "detailed"; none: nothing."""
-    verbosity: str | None = None
-    """How long answers are: "low", "medium" or "high"."""
-    parallel_tool_calls: bool | None = None
-    """Whether it may call several tools at once."""
 
 
-class OpenAiResponses:
-    """The Responses API (``Dialect``)."""
-
-    name: ClassVar[str] = "openai-responses"
-    base_url: ClassVar[str | None] = "https://api.openai.com/v1"
-    options: ClassVar[frozenset[str]] = frozenset(
-        {
-            "chat.messages.role",
-            "chat.messages.content.text",
-            "chat.messages.tool_calls.id",
-            "chat.messages.tool_calls.name",
-            "chat.messages.tool_calls.arguments_json",
-            "chat.messages.tool_call_id",
-            "chat.tools.name",
-            "chat.tools.description",
-            "chat.tools.parameters_json_schema",
-            "chat.tool_choice.mode",
-            "chat.tool_choice.name",
-            "sampling.temperature",
-            "sampling.top_p",
-            "stopping.max_new_tokens",
-            "structured_output.json_schema",
-            "structured_output.json_object",
-            "reasoning.include_text",
-        }
-    )
-    max_n: ClassVar[int] = 1
-    max_top_logprobs: ClassVar[int] = 0
-    extension: ClassVar[type[BaseModel] | None] = ResponsesExtension
-
-    def headers(self, key: str | None) -> Mapping[str, str]:
-        return bearer(key)
-
-    def path(self, model: RemoteModelOptions) -> str:  # noqa: ARG002  # it is the same for all
-        return "/responses"
-
-    def body(self, call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-        chat, extension = chat_of(call), extension_of(call, self.name)
-        body = {
-            "model": model.model,
-            "input": _items_of(chat, system="developer" if model.reasoning else "system"),
-            "max_output_tokens": call.max_new_tokens,
-            "stream": True,
-            "store": False,
-            **sampling_of(call.request, {"temperature": "temperature", "top_p": "top_p"}),
-            **_tools_of(chat),
-        }
-        renamed = {"reasoning_effort": "effort", "reasoning_summary": "summary"}
-        if reasoning := {renamed[name]: extension.pop(name) for name in renamed if name in extension}:
-            body["reasoning"] = reasoning
-        text = _format_of(call.request)
-        if "verbosity" in extension:
-            text["verbosity"] = extension.pop("verbosity")
-        if text:
-            body["text"] = text
-        return body | extension
-
-    def reader(self, call: Call, usage: Usage) -> AnswerReader:
-        return ResponseReader(call, usage)
-
-    def problem(self, body: bytes) -> Problem:
-        return problem_of(body)
+def _body(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
+    chat, extension = chat_of(call), extension_of(call, RESPONSES.name)
+    body = {
+        "model": model.model,
+        "input": _items_of(chat, system="developer" if model.reasoning else "system"),
+        "max_output_tokens": call.max_new_tokens,
+        "stream": True,
+        "store": False,
+        **sampling_of(call.request, _SAMPLING, max_temperature=2.0),
+        **_tools_of(chat),
+    }
+    renamed = {"reasoning_effort": "effort", "reasoning_summary": "summary"}
+    if reasoning := {renamed[name]: extension.pop(name) for name in renamed if name in extension}:
+        body["reasoning"] = reasoning
+    text = _format_of(call.request)
+    if "verbosity" in extension:
+        text["verbosity"] = extension.pop("verbosity")
+    if text:
+        body["text"] = text
+    return body | extension
 
 
 def _items_of(chat: ChatInput, *, system: str) -> list[dict[str, Any]]:
@@ -148,12 +80,11 @@ def _tools_of(chat: ChatInput) -> dict[str, Any]:
     """Tools are strict here unless they are said not to be, and strict ones allow few schemas."""
     if not chat.may_call_tools:
         return {}
-    none = {"parameters": {"type": "object", "properties": {}}}
     choice = chat.tool_choice
     return {
-        "tools": [
-            {"type": "function", "strict": False, **none, **function_of(i, tool)} for i, tool in enumerate(chat.tools)
-        ],
+        "tools": tools_of(
+            chat, schema="parameters", type="function", strict=False, parameters={"type": "object", "properties": {}}
+        ),
         "tool_choice": {"type": "function", "name": choice.name}
         if isinstance(choice, NamedTool)
         else choice.name.lower(),
@@ -239,8 +170,7 @@ class ResponseReader:
 
     def _end(self, said: Mapping[str, Any]) -> Sequence[Event]:
         response = said["response"]
-        if usage := response.get("usage"):
-            read_response_usage(usage, self._usage)
+        self._count(response)
         self.finished = True
         if self._refused:
             reason = FinishReason.CONTENT_FILTER
@@ -252,21 +182,31 @@ class ResponseReader:
 
     def _fail(self, said: Mapping[str, Any]) -> Sequence[Event]:
         response = said["response"]
-        if usage := response.get("usage"):
-            read_response_usage(usage, self._usage)
+        self._count(response)
         raise failure_in({"error": response.get("error") or {}})
 
     def _error(self, said: Mapping[str, Any]) -> Sequence[Event]:
         raise failure_in({key: value for key, value in said.items() if key != "type"})
 
+    def _count(self, response: Mapping[str, Any]) -> None:
+        if usage := response.get("usage"):
+            read_usage(usage, self._usage, prompt="input", answer="output")
 
-def read_response_usage(said: Mapping[str, Any], usage: Usage) -> None:
-    """Cached tokens, read or written, are a part of the input's; reasoning is one of the output's. Raises TypeError or
-    ValueError for what is no count.
-    """
-    usage.input_tokens = count(said, "input_tokens")
-    usage.output_tokens = count(said, "output_tokens")
-    inputs, outputs = said.get("input_tokens_details") or {}, said.get("output_tokens_details") or {}
-    usage.cache_read_input_tokens = count(inputs, "cached_tokens")
-    usage.cache_write_input_tokens = count(inputs, "cache_write_tokens")
-    usage.reasoning_output_tokens = count(outputs, "reasoning_tokens")
+
+RESPONSES = openai_dialect(
+    name="openai-responses",
+    base_url="https://api.openai.com/v1",
+    options=CONVERSATION
+    | {
+        "chat.tool_choice.name",
+        "sampling.top_p",
+        "structured_output.json_schema",
+        "structured_output.json_object",
+        "reasoning.include_text",
+    },
+    extension=ResponsesExtension,
+    path=lambda _: "/responses",
+    body=_body,
+    reader=ResponseReader,
+)
+"""The Responses API."""

@@ -7,27 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from headrace.backends.events import ChoiceFinish, Delta, Event, FinishReason, TokenLogprob, ToolCallDelta, TopLogprob
 from headrace.backends.remote.dialect import Problem, StreamFailed
-from headrace.backends.remote.dialects.openai_json import failure_in, read_usage
+from headrace.backends.remote.dialects.openai_answers import failure_in, read_usage
 from headrace.backends.remote.sse import ServerSentEvent
-from headrace.backends.types import (
-    Call,
-    ChoiceFinish,
-    Delta,
-    Event,
-    FinishReason,
-    TokenLogprob,
-    ToolCallDelta,
-    TopLogprob,
-    Usage,
-)
+from headrace.backends.types import Call
+from headrace.backends.usage import Usage
 
 DONE = "[DONE]"
 _REASONS = {
     "stop": FinishReason.EOS_TOKEN,
     "eos_token": FinishReason.EOS_TOKEN,  # Text Generation Inference
+    "stop_sequence": FinishReason.STOP_SEQUENCE,  # it again
     "length": FinishReason.MAX_TOKENS,
     "model_length": FinishReason.MAX_TOKENS,  # Mistral
+    "repetition": FinishReason.MAX_TOKENS,  # vLLM, as a limit that only ``extra_body`` can ask for
     "tool_calls": FinishReason.TOOL_CALLS,
     "function_call": FinishReason.TOOL_CALLS,
     "content_filter": FinishReason.CONTENT_FILTER,

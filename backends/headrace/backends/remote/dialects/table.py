@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace.backends.remote.dialect import Dialect
-from headrace.backends.remote.dialects.anthropic import AnthropicDialect
-from headrace.backends.remote.dialects.deepseek import DeepSeek
-from headrace.backends.remote.dialects.gemini import GeminiDialect
-from headrace.backends.remote.dialects.openai_chat import OpenAiChat
-from headrace.backends.remote.dialects.openai_compatible import LlamaCpp, LlamaCppPython, OpenAiCompatible, Vllm
-from headrace.backends.remote.dialects.openai_completions import OpenAiCompletions
-from headrace.backends.remote.dialects.openai_responses import OpenAiResponses
+from headrace.backends.remote.dialects.anthropic import ANTHROPIC
+from headrace.backends.remote.dialects.deepseek import DEEPSEEK
+from headrace.backends.remote.dialects.gemini import GEMINI
+from headrace.backends.remote.dialects.openai import OPENAI
+from headrace.backends.remote.dialects.openai_compatible import COMPATIBLE, LLAMA_CPP, LLAMA_CPP_PYTHON, VLLM
+from headrace.backends.remote.dialects.openai_completions import COMPLETIONS
+from headrace.backends.remote.dialects.openai_responses import RESPONSES
 
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        OpenAiChat(),
-        OpenAiResponses(),
-        OpenAiCompatible(),
-        OpenAiCompletions(),
-        Vllm(),
-        LlamaCpp(),
-        LlamaCppPython(),
-        DeepSeek(),
-        AnthropicDialect(),
-        GeminiDialect(),
+        OPENAI,
+        RESPONSES,
+        COMPATIBLE,
+        COMPLETIONS,
+        VLLM,
+        LLAMA_CPP,
+        LLAMA_CPP_PYTHON,
+        DEEPSEEK,
+        ANTHROPIC,
+        GEMINI,
     )
 }
