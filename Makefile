@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/headrace/v1/*.proto proto/headrace/backend/v1/*.proto)
 KERNELS := $(wildcard backends/kernels/*.* backends/kernels/headrace_kernels/*.py backends/kernels/src/*)
+GPU_VENV := .venv-gpu
 NODE_FOLDERS := clients/node backends/examples/node-backend
 
-.PHONY: run test soak check lint types contracts proto docs generate clean
+.PHONY: run test soak gpu check lint types contracts proto docs generate clean
 
 # Installs, builds the default model, serves it and streams a first answer. Ctrl-C stops it.
 run: $(VENV)/.serve $(VENV)/.kernels
@@ -23,6 +24,11 @@ test: $(VENV)/.dev $(VENV)/.tested-kernels $(NODE_FOLDERS:=/node_modules)
 soak: $(VENV)/.dev $(VENV)/.tested-kernels
 	$(BIN)/headrace models build smollm2-135m --if-missing
 	$(BIN)/pytest -m soak --timeout 3600
+
+# On a machine with a GPU: all that needs one, and the report gpu-report.md. In an environment of its own, since the two
+# packages of ONNX Runtime exclude each other. PEER is an interpreter that has torch and transformers.
+gpu: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python -m tests.gpu $(if $(PEER),--peer-python $(PEER))
 
 # Everything CI checks beside the tests.
 check: lint types contracts proto docs
@@ -79,9 +85,14 @@ $(VENV)/.docs: $(VENV)/.dev
 	$(PIP) install --editable '.[docs]'
 	@touch $@
 
+$(GPU_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip --quiet --disable-pip-version-check install --editable '.[cuda,build,dev]'
+	@touch $@
+
 %/node_modules: %/package.json %/package-lock.json
 	npm ci --silent --no-audit --no-fund --prefix $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site backends/kernels/build backends/kernels/*.egg-info $(NODE_FOLDERS:=/node_modules)
+	rm -rf $(VENV) $(GPU_VENV) site backends/kernels/build backends/kernels/*.egg-info $(NODE_FOLDERS:=/node_modules)

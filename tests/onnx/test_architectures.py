@@ -19,8 +19,8 @@ from headrace.backends.onnx.build import build_bundle, build_from_catalog
 from headrace.backends.onnx.bundle import ModelFileError, read_manifest
 from headrace.backends.onnx.formulations import FORMULATIONS, Float32
 from headrace.backends.onnx.model import OnnxModel
+from headrace.backends.requests import ChatInput, ChatMessage, Role
 from headrace.backends.tokenizer import HuggingFaceTokenizer
-from headrace.backends.types import ChatInput, ChatMessage, Role
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "smollm3"]

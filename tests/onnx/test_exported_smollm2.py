@@ -16,7 +16,7 @@ import pytest
 
 from headrace.backends.api import Row
 from headrace.backends.onnx.build import build_bundle
-from headrace.backends.types import ChatInput, ChatMessage, Role
+from headrace.backends.requests import ChatInput, ChatMessage, Role
 from tests.onnx import exports, tiny
 
 VARIABLES = ("HEADRACE_SMOLLM2_CHECKPOINT", "HEADRACE_SMOLLM2_EXPORT")

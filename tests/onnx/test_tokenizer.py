@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from headrace.backends.errors import InvalidArgument, UnsupportedOption
 from headrace.backends.onnx.gguf_tokenizer import read_tokenizer
+from headrace.backends.requests import ChatInput, ChatMessage, Role, ToolCall, ToolDefinition
 from headrace.backends.tokenizer import HuggingFaceTokenizer
-from headrace.backends.types import ChatInput, ChatMessage, Role, ToolCall, ToolDefinition
 
 PRE_TOKENIZERS = ["smollm", "llama-bpe", "gpt-2", "default"]
 FAMILIES = [*PRE_TOKENIZERS, "llama"]

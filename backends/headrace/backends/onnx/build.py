@@ -62,10 +62,12 @@ def build_bundle(
     ``license`` overrides what the files say. Raises ModelFileError.
     """
     _check_extra()
-    from headrace.backends.onnx.formulations import FORMULATIONS, Blockwise
+    from headrace.backends.onnx.device_graphs import device_graphs
+    from headrace.backends.onnx.formulations import FORMULATIONS, Blockwise, Pageable
     from headrace.backends.onnx.fused import can_fuse, fused_decoder
     from headrace.backends.onnx.gguf_source import open_gguf
     from headrace.backends.onnx.graph import packed_decoder, weight_shapes
+    from headrace.backends.onnx.paged import can_page, paged_decoder
     from headrace.backends.onnx.rotation import rotated
     from headrace.backends.onnx.safetensors_source import open_safetensors
     from headrace.backends.onnx.source import with_vocabulary
@@ -109,6 +111,11 @@ def build_bundle(
             if isinstance(formulation, Blockwise) and can_fuse(config):
                 graph = fused_decoder(config, read, formulation, weights)
                 (writer.folder / bundle.FUSED).write_bytes(graph.SerializeToString(deterministic=True))
+            if isinstance(formulation, Pageable) and can_page(config):
+                graph = paged_decoder(config, read, formulation, weights)
+                (writer.folder / bundle.PAGED).write_bytes(graph.SerializeToString(deterministic=True))
+                for file_name, content in device_graphs().items():
+                    (writer.folder / file_name).write_bytes(content)
         (writer.folder / bundle.TOP).write_bytes(top_graph())
 
         progress("computing digests", 0.9)
@@ -145,6 +152,8 @@ def _prove(folder: Path, manifest: Manifest) -> Determinism | None:
     left out: the files are what they should be, and another machine may have what it takes.
     """
     try:
+        import onnxruntime as ort
+
         from headrace.backends.onnx.model import OnnxModel
     except ImportError:  # onnxruntime is for serving
         return None
@@ -175,10 +184,10 @@ def _prove(folder: Path, manifest: Manifest) -> Determinism | None:
             continue
         classes[name] = model.determinism.name
         model.close()
-    packages = ("onnxruntime", *(["headrace-kernels"] if library is not None else []))
-    return Determinism.model_validate(
-        {"classes": classes, "proven_with": {package: importlib.metadata.version(package) for package in packages}}
-    )
+    versions = {"onnxruntime": ort.__version__}  # its package has another name where it has CUDA
+    if library is not None:
+        versions["headrace-kernels"] = importlib.metadata.version("headrace-kernels")
+    return Determinism.model_validate({"classes": classes, "proven_with": versions})
 
 
 def _check_extra() -> None:

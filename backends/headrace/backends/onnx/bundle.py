@@ -3,6 +3,8 @@
     manifest.json         what the model is, and the SHA-256 of every other file
     model.onnx            the graph, without weights; ours, or one that Optimum exported (``Manifest.graph``)
     fused.onnx            the same for the compiled operators of headrace-kernels, where they can compute it
+    paged.onnx            the same for CUDA, where its operators can compute it (``paged``) …
+    rows.onnx, largest.onnx, draw.onnx    … and what is done there with its logits (``device_graphs``)
     top.onnx              the graph of ``top``
     weights.bin           the weights; every tensor starts at a page, so that it can be mapped
     tokenizer.json        in the format of Hugging Face's ``tokenizers``
@@ -32,6 +34,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from headrace.backends.api import ModelCard
+from headrace.backends.onnx.device_graphs import DRAW, LARGEST, ROWS
 from headrace.backends.onnx.infill import InfillTokenIds
 
 logger = logging.getLogger(__name__)
@@ -39,16 +42,19 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 FUSED = "fused.onnx"
+PAGED = "paged.onnx"
 TOP = "top.onnx"
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 _REQUIRED_FILES = frozenset({GRAPH, TOP, WEIGHTS, TOKENIZER})
-_OPTIONAL_FILES = frozenset({CHAT_TEMPLATE, FUSED})
+_DEVICE_FILES = frozenset({PAGED, ROWS, LARGEST, DRAW})
+"""All or none."""
+_OPTIONAL_FILES = frozenset({CHAT_TEMPLATE, FUSED}) | _DEVICE_FILES
 _MAX_MANIFEST_BYTES = 1 << 20
 
-Quantization = Literal["int8", "int4", "w8a8", "fp32"]
+Quantization = Literal["int8", "int4", "w8a8", "fp32", "fp16", "bf16"]
 """How weights are stored and multiplied: ``formulations.FORMULATIONS``."""
 ExportQuantization = Literal["int8", "int8_dynamic", "fp32"]
 """The same of graphs that Optimum exported; int8_dynamic is ONNX Runtime's own quantiser."""
@@ -147,8 +153,10 @@ class Manifest(BaseModel):
         names = frozenset(self.files)
         if not _REQUIRED_FILES <= names <= _REQUIRED_FILES | _OPTIONAL_FILES:
             raise ValueError(f"files must be {sorted(_REQUIRED_FILES)} and may be {sorted(_OPTIONAL_FILES)}")
-        if self.graph == "exported" and FUSED in names:
-            raise ValueError(f"an exported graph has no {FUSED}")
+        if self.graph == "exported" and not names.isdisjoint({FUSED, *_DEVICE_FILES}):
+            raise ValueError(f"an exported graph has none of {sorted({FUSED, *_DEVICE_FILES})}")
+        if names & _DEVICE_FILES not in (frozenset(), _DEVICE_FILES):
+            raise ValueError(f"files must have all of {sorted(_DEVICE_FILES)}, or none")
         if self.quantization not in get_args(ExportQuantization if self.graph == "exported" else Quantization):
             raise ValueError(f"a graph that is {self.graph} cannot be {self.quantization}")
         if self.digest != bundle_digest(self.files):

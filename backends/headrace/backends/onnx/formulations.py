@@ -1,18 +1,22 @@
 """How each quantisation writes what depends on it: the products with weights, and the look-up of embeddings.
 
 Whatever is added here must give a row the same bits however many rows are computed with it: the tests hold every
-formulation to that.
+formulation to that, on the CPU. Of what ``Pageable.on_device`` returns nothing of the kind is known: the CUDA provider
+chooses its kernels by the number of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
+from headrace.backends.onnx.bundle import ModelFileError
 from headrace.backends.onnx.quantize import ZERO_POINT, quantize_blocks, quantize_channels, quantize_minima
 from headrace.backends.onnx.writer import MICROSOFT, GraphBuilder
 
@@ -42,8 +46,13 @@ class Matrix:
 class Formulation(Protocol):
     """A way to compute with matrices."""
 
-    rotated: bool
-    """Whether it relies on weights that ``rotation.rotated`` has rewritten."""
+    @property
+    def rotated(self) -> bool:
+        """Whether it relies on weights that ``rotation.rotated`` has rewritten."""
+
+    @property
+    def activations(self) -> int:
+        """The type, of ``TensorProto``, of what is multiplied with matrices, and of what comes out."""
 
     def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
         """``x`` [T, inputs] times the transpose of ``matrix``: [T, outputs]. Returns ``output``."""
@@ -73,10 +82,19 @@ class Blockwise(Formulation, Protocol):
         """Stores ``matrix``, or finds it stored."""
 
 
+@runtime_checkable
+class Pageable(Formulation, Protocol):
+    """A formulation that the operators of ONNX Runtime's CUDA provider can compute with."""
+
+    def on_device(self) -> Formulation:
+        """The same, of the same stored tensors, with activations of 16 bits."""
+
+
 class Float32:
     """float32 throughout."""
 
     rotated = False
+    activations = TensorProto.FLOAT
 
     def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
         # Gemm, unlike MatMul, takes the weight the way round it is stored.
@@ -90,55 +108,105 @@ class Float32:
         return name
 
 
-class Int8:
-    """int8 weights in blocks. Activations are quantised on the fly in the same blocks, and multiplied as integers."""
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Weights of 16 bits. Without a device they become float32 when the graph is loaded, in twice the memory that they
+    have on disk, and all is computed in that.
+    """
 
-    rotated = False
+    dtype: np.dtype[Any]
+    stored: int
+    """``dtype`` as a type of ``TensorProto``."""
+    activations: int = TensorProto.FLOAT
+
+    @property
+    def rotated(self) -> bool:
+        return False
 
     def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
-        return _linear8(graph, x, matrix, output, BLOCK_SIZE)
+        return graph.node("Gemm", [x, self._weight(graph, matrix)], output, transB=1)
 
     def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
-        return _embedding(graph, ids, matrix, output, BLOCK_SIZE)
+        return graph.node("Gather", [self._weight(graph, matrix), ids], output, axis=0)
+
+    def on_device(self) -> Formulation:
+        return replace(self, activations=self.stored)
+
+    def _weight(self, graph: GraphBuilder, matrix: Matrix) -> str:
+        (name,) = graph.stored([matrix.name], lambda: [self._rounded(matrix)])
+        return name if self.activations == self.stored else graph.as_type(name, self.activations)
+
+    def _rounded(self, matrix: Matrix) -> NDArray[Any]:
+        weight = matrix.read()
+        with np.errstate(over="ignore"):
+            rounded = weight.astype(self.dtype)
+        if not np.isfinite(rounded).all():
+            raise ModelFileError(
+                f"{matrix.name} has weights of up to {np.abs(weight).max():.3g}, which {self.dtype} cannot hold: "
+                "take bf16 or fp32"
+            )
+        return rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """int8 weights in blocks. Activations are quantised on the fly in the same blocks, and multiplied as integers; but
+    not on a device.
+    """
+
+    activations: int = TensorProto.FLOAT
+
+    @property
+    def rotated(self) -> bool:
+        return False
+
+    def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
+        return _linear8(graph, x, matrix, output, BLOCK_SIZE, self.activations)
+
+    def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
+        return _embedding(graph, ids, matrix, output, BLOCK_SIZE, self.activations)
+
+    def on_device(self) -> Formulation:
+        return Int8(TensorProto.FLOAT16)
 
     def blocks(self, graph: GraphBuilder, matrix: Matrix) -> Blocks:
         values, scales = _stored_blocks(graph, matrix, BLOCK_SIZE)
         return Blocks(8, values, scales, "")
 
 
+@dataclass(frozen=True, slots=True)
 class Int4:
     """int4 weights in blocks with minima, but for embeddings and head, which are int8.
 
     What comes from a file of such blocks stays what it was.
     """
 
-    rotated = False
+    activations: int = TensorProto.FLOAT
+
+    @property
+    def rotated(self) -> bool:
+        return False
 
     def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
         if matrix.name in _TABLES:
-            return _linear8(graph, x, matrix, output, _SMALL_BLOCK_SIZE)
-        outputs, inputs = matrix.shape
+            return _linear8(graph, x, matrix, output, _SMALL_BLOCK_SIZE, self.activations)
         values, scales, minima = self._stored(graph, matrix)
-        # MatMulNBits takes 8 for zero. What that leaves out of a block is one number times the sum of its inputs.
-        product = graph.node(
-            "MatMulNBits",
-            [x, values, scales],
-            f"{output}.symmetric",
-            domain=MICROSOFT,
-            K=inputs,
-            N=outputs,
-            bits=4,
-            block_size=_SMALL_BLOCK_SIZE,
-            accuracy_level=4,
-        )
+        # MatMulNBits takes 8 for zero. What that leaves out of a block is one number times the sum of its inputs. (Zero
+        # points that are no integers say the same, but then the CUDA provider expands the matrix for every product.)
+        weights = (values, converted(graph, scales, self.activations))
+        product = _product(graph, x, weights, matrix, f"{output}.symmetric", 4, _SMALL_BLOCK_SIZE, self.activations)
         eight = graph.scalar("eight", np.float32(8))
         offsets = graph.node("Mul", [scales, eight], f"{matrix.name}.offsets")
         left_out = graph.node("Add", [minima, offsets], f"{matrix.name}.left_out")
-        sums = self._block_sums(graph, x, inputs, f"{matrix.name}.inputs")
+        left_out = converted(graph, left_out, self.activations)
+        sums = self._block_sums(graph, x, matrix.shape[1], f"{matrix.name}.inputs")
         return graph.node("Gemm", [sums, left_out, product], output, transB=1)
 
     def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
-        return _embedding(graph, ids, matrix, output, _SMALL_BLOCK_SIZE)
+        return _embedding(graph, ids, matrix, output, _SMALL_BLOCK_SIZE, self.activations)
+
+    def on_device(self) -> Formulation:
+        return Int4(TensorProto.FLOAT16)
 
     def blocks(self, graph: GraphBuilder, matrix: Matrix) -> Blocks:
         if matrix.name in _TABLES:
@@ -173,6 +241,7 @@ class ChannelInt8:
     """
 
     rotated = True
+    activations = TensorProto.FLOAT
 
     def linear(self, graph: GraphBuilder, x: str, matrix: Matrix, output: str) -> str:
         weights = graph.stored(
@@ -190,7 +259,7 @@ class ChannelInt8:
         return graph.node("Mul", [product, largest], output)
 
     def embedding(self, graph: GraphBuilder, ids: str, matrix: Matrix, output: str) -> str:
-        return _embedding(graph, ids, matrix, output, BLOCK_SIZE)
+        return _embedding(graph, ids, matrix, output, BLOCK_SIZE, self.activations)
 
     @staticmethod
     def _product(graph: GraphBuilder, x: str, largest: float, name: str, weights: Sequence[str], output: str) -> str:
@@ -215,25 +284,49 @@ def _stored_blocks(graph: GraphBuilder, matrix: Matrix, block_size: int) -> Sequ
     )
 
 
-def _linear8(graph: GraphBuilder, x: str, matrix: Matrix, output: str, block_size: int) -> str:
+def _linear8(graph: GraphBuilder, x: str, matrix: Matrix, output: str, block_size: int, activations: int) -> str:
     """``Formulation.linear`` with a matrix in int8 blocks."""
+    values, scales = _stored_blocks(graph, matrix, block_size)
+    weights = (values, converted(graph, scales, activations))
+    return _product(graph, x, weights, matrix, output, 8, block_size, activations)
+
+
+def _product(
+    graph: GraphBuilder,
+    x: str,
+    weights: tuple[str, str],
+    matrix: Matrix,
+    output: str,
+    bits: int,
+    block_size: int,
+    activations: int,
+) -> str:
+    """The product with values and scales of a matrix in blocks, without its minima."""
     outputs, inputs = matrix.shape
+    # 4 is the level with int8 activations. Those of 16 bits are multiplied as they are.
+    level = {"accuracy_level": 4} if activations == TensorProto.FLOAT else {}
     return graph.node(
         "MatMulNBits",
-        [x, *_stored_blocks(graph, matrix, block_size)],
+        [x, *weights],
         output,
         domain=MICROSOFT,
         K=inputs,
         N=outputs,
-        bits=8,
+        bits=bits,
         block_size=block_size,
-        accuracy_level=4,  # the one with int8 activations
+        **level,
     )
 
 
-def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str, block_size: int) -> str:
+def converted(graph: GraphBuilder, tensor: str, activations: int) -> str:
+    """A stored float32 tensor in the type of activations; ``quantize`` makes scales and minima that float16 holds."""
+    return tensor if activations == TensorProto.FLOAT else graph.as_type(tensor, activations)
+
+
+def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str, block_size: int, activations: int) -> str:
     """``Formulation.embedding`` of a matrix in int8 blocks."""
-    values, scales = _stored_blocks(graph, matrix, block_size)
+    values, stored = _stored_blocks(graph, matrix, block_size)
+    scales = converted(graph, stored, activations)
     rows, width = matrix.shape
     padded_width = -(-width // block_size) * block_size
     # The same bytes: MatMulNBits takes the blocks as a dimension of their own, GatherBlockQuantized does not.
@@ -254,5 +347,12 @@ def _embedding(graph: GraphBuilder, ids: str, matrix: Matrix, output: str, block
     return graph.node("Slice", [found, start, end, axis], output)
 
 
-FORMULATIONS: dict[str, Formulation] = {"fp32": Float32(), "int8": Int8(), "int4": Int4(), "w8a8": ChannelInt8()}
+FORMULATIONS: dict[str, Formulation] = {
+    "fp32": Float32(),
+    "fp16": Half(np.dtype(np.float16), TensorProto.FLOAT16),
+    "bf16": Half(np.dtype(ml_dtypes.bfloat16), TensorProto.BFLOAT16),
+    "int8": Int8(),
+    "int4": Int4(),
+    "w8a8": ChannelInt8(),
+}
 """By the manifest's ``quantization``."""

@@ -16,7 +16,7 @@ from headrace.backends.onnx.bundle import Manifest, Operators
 from headrace.backends.onnx.fused_session import FusedSession
 from headrace.backends.onnx.kv import KvMemory, kv_bytes_per_token
 from headrace.backends.onnx.probe import probe
-from headrace.backends.onnx.session import Session, open_session
+from headrace.backends.onnx.session import Session, check_stock_operators, open_session
 from headrace.backends.onnx.stock_session import StockSession
 from headrace.backends.onnx.top import CompiledLogits, OnnxLogits, Top
 
@@ -71,6 +71,8 @@ class OnnxModel:
                 f'model {manifest.name!r}: kv_cache_dtype = "int8" needs the compiled operators, for which a bundle of '
                 f'{manifest.quantization} has no graph: build it as int8 or int4, or leave kv_cache_dtype at "auto"'
             )
+        if not fused:
+            check_stock_operators(manifest.name)
         session = open_session(
             folder / (bundle.FUSED if fused else bundle.GRAPH),
             threads=threads,

@@ -1,7 +1,8 @@
-"""The built-in backend ``onnx``: model bundles on ONNX Runtime's CPU provider."""
+"""The built-in backend ``onnx``: model bundles on ONNX Runtime, on the processor or a GPU."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
-from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCard, StepModel
+from headrace.backends.api import API_VERSION, Backend, BackendContext, ModelCard, StepModel, Tokenizer
 from headrace.backends.errors import BackendError
 from headrace.backends.hookspecs import hookimpl
-from headrace.backends.onnx.bundle import list_bundles
+from headrace.backends.onnx import bundle
+from headrace.backends.onnx.bundle import Manifest, list_bundles
 from headrace.backends.onnx.cores import usable_cores
+from headrace.backends.onnx.providers import DeviceUnavailable, ProviderSetting, cuda_device, has_cuda_package
+
+logger = logging.getLogger(__name__)
 
 
 class OnnxOptions(BaseModel):
@@ -37,8 +42,21 @@ class OnnxOptions(BaseModel):
     """Whether to use the operators of the package headrace-kernels, where it is installed, the processor has AVX2 and
     the bundle's quantization is made of blocks."""
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
-    """What keys and values are kept as: "int8" has room for nearly twice as many tokens in the same memory and is read
-    faster, at a small loss of quality, but needs the compiled operators; "auto" is float16 on these, else float32."""
+    """On the processor, what keys and values are kept as: "int8" has room for nearly twice as many tokens in the same
+    memory and is read faster, at a small loss of quality, but needs the compiled operators; "auto" is float16 on these,
+    else float32."""
+
+    provider: ProviderSetting = "auto"
+    """Where models run: "cuda" is a GPU, and a model that cannot run there is not loaded; "auto" is a GPU where that
+    can be, and else the processor, with a line in the log that says what is missing. It needs the extra cuda."""
+    device_id: int = Field(0, ge=0)
+    """Which GPU, as NVIDIA's driver counts those that CUDA_VISIBLE_DEVICES leaves."""
+    device_memory: ByteSize | None = Field(None, ge=2**20)
+    """What a model may take of the GPU's memory in all, kv_cache among it; by default what is free when it is loaded.
+    Give each its share where several use one GPU."""
+    cuda_graphs: bool = False
+    """Whether decodes run as CUDA graphs, which saves the time to launch each kernel. Only where one model uses the
+    GPU: another's work spoils the recording of a graph, and decodes then go on without."""
 
     @field_validator("kv_cache_dtype")
     @classmethod
@@ -66,27 +84,62 @@ class OnnxBackend:
 
     def load(self, name: str) -> StepModel:
         # onnxruntime is loaded with the first model: listing bundles does not need it.
-        from headrace.backends.onnx.exported.model import ExportedModel
-        from headrace.backends.onnx.model import OnnxModel
         from headrace.backends.tokenizer import HuggingFaceTokenizer
 
         manifest = next((m for m in list_bundles(self._models_dir) if m.name == name), None)
         if manifest is None:
             raise BackendError(f"model {name!r} is no longer there")
-        options = self._options
         try:
             tokenizer = HuggingFaceTokenizer.from_bundle(self._models_dir / name, manifest)
         except (OSError, ValueError) as error:
             raise BackendError(f"model {name!r}: its tokenizer cannot be read") from error
+        if (model := self._load_on_device(manifest, tokenizer)) is not None:
+            return model
+        return self._load_on_processor(manifest, tokenizer)
+
+    def _load_on_device(self, manifest: Manifest, tokenizer: Tokenizer) -> StepModel | None:
+        """``None``: it runs on the processor. Raises BackendError where it must not."""
+        options = self._options
+        if options.provider == "cpu" or (options.provider == "auto" and not has_cuda_package()):
+            return None
+        from headrace.backends.onnx.paged_model import PagedModel
+
+        try:
+            if bundle.PAGED not in manifest.files:
+                raise DeviceUnavailable(
+                    f"model {manifest.name!r} has no graph for a GPU: build it again, as fp16, bf16, int8 or int4"
+                )
+            return PagedModel(
+                self._models_dir / manifest.name,
+                manifest,
+                tokenizer,
+                cuda_device(options.device_id),
+                num_slots=options.max_running,
+                num_spare_slots=options.max_retained,
+                num_kv_bytes=int(options.kv_cache),
+                memory_limit=None if options.device_memory is None else int(options.device_memory),
+                captures=options.cuda_graphs,
+            )
+        except DeviceUnavailable as error:
+            if options.provider == "cuda":
+                raise BackendError(str(error)) from error
+            logger.warning("model %s runs on the processor: %s", manifest.name, error)
+            return None
+
+    def _load_on_processor(self, manifest: Manifest, tokenizer: Tokenizer) -> StepModel:
+        from headrace.backends.onnx.exported.model import ExportedModel
+        from headrace.backends.onnx.model import OnnxModel
+
+        options = self._options
         operators = compiled_operators() if options.compiled_operators else None
         if manifest.graph == "exported":
             if options.kv_cache_dtype == "int8":
                 raise BackendError(
-                    f'model {name!r}: kv_cache_dtype = "int8" needs a packed graph, and this one was exported: leave '
-                    'kv_cache_dtype at "auto"'
+                    f'model {manifest.name!r}: kv_cache_dtype = "int8" needs a packed graph, and this one was '
+                    'exported: leave kv_cache_dtype at "auto"'
                 )
             return ExportedModel(
-                self._models_dir / name,
+                self._models_dir / manifest.name,
                 manifest,
                 tokenizer,
                 threads=options.threads,
@@ -96,7 +149,7 @@ class OnnxBackend:
                 has_compiled_top=operators is not None,
             )
         return OnnxModel(
-            self._models_dir / name,
+            self._models_dir / manifest.name,
             manifest,
             tokenizer,
             threads=options.threads,

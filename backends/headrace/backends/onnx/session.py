@@ -25,6 +25,22 @@ class Session(Protocol):
         """
 
 
+_STOCK_SINCE = (1, 32)
+"""The release of ONNX Runtime whose GroupQueryAttention takes rows of different lengths."""
+
+
+def check_stock_operators(model: str) -> None:
+    """Raises BackendError if the ONNX Runtime that is installed is too old to run a packed graph on its own operators:
+    the package for CUDA is released later than the other.
+    """
+    release = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if release < _STOCK_SINCE:
+        raise BackendError(
+            f"model {model!r}: on the processor, onnxruntime {ort.__version__} needs the compiled operators "
+            "(headrace-kernels, and weights of int8 or int4); without them it must be 1.32 or later"
+        )
+
+
 def open_session(
     graph: Path,
     *,

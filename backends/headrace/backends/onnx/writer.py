@@ -65,7 +65,8 @@ class WeightFile:
         place = {"location": self._path.name, "offset": self._file.tell(), "length": array.nbytes}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
-        self._file.write(np.ascontiguousarray(array).data)
+        # As bytes: bfloat16 has no buffers of its own.
+        self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
         return tensor
 
 
@@ -76,6 +77,7 @@ class GraphBuilder:
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
+        self._converted: set[str] = set()
 
     def node(self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: Any) -> str:
         """Adds a node. Returns the name of its first output."""
@@ -98,6 +100,16 @@ class GraphBuilder:
     def view(self, name: str, stored: str, shape: Sequence[int]) -> str:
         """Uses the bytes of a stored tensor in another shape. Returns ``name``."""
         self._initializers[name] = self._weights.view(name, stored, shape)
+        return name
+
+    def as_type(self, tensor: str, element: int) -> str:
+        """A stored float32 or 16-bit tensor, or what is computed from such alone, as another type of ``TensorProto``:
+        ONNX Runtime converts it once, when it loads the graph. Returns the result's name.
+        """
+        name = f"{tensor}.{TensorProto.DataType.Name(element).lower()}"
+        if name not in self._converted:
+            self._converted.add(name)
+            self.node("Cast", [tensor], name, to=element)
         return name
 
     def integers(self, name: str, values: Sequence[int]) -> str:
