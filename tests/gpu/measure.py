@@ -114,8 +114,12 @@ def _rate(rig: Rig, bundle: Bundle, sizes: Sizes, streams: int, bandwidth: float
     def opened() -> PagedModel:
         return _open(rig, bundle, streams, sizes.prompt + max(sizes.new, sizes.steps) + 1, captures=captures)
 
-    step_seconds = _step_seconds(opened(), bundle, sizes, streams)
-    read, began = asyncio.run(_streams(opened(), bundle, sizes, streams))
+    model = opened()
+    step_seconds = _step_seconds(model, bundle, sizes, streams)
+    _check_captures(model, captures=captures)
+    model = opened()
+    read, began = asyncio.run(_streams(model, bundle, sizes, streams))
+    _check_captures(model, captures=captures)
     ends = [stream.arrivals[-1] for stream in read]
     all_began, any_ended = max(stream.arrivals[0] for stream in read), min(ends)
     between = sum(all_began < arrival <= any_ended for stream in read for arrival in stream.arrivals)
@@ -147,6 +151,12 @@ def _step_seconds(model: PagedModel, bundle: Bundle, sizes: Sizes, streams: int)
         seconds.append(time.perf_counter() - began)
     model.close()
     return statistics.median(seconds[len(seconds) // 4 :])
+
+
+def _check_captures(model: PagedModel, *, captures: bool) -> None:
+    """A model goes on without CUDA graphs if it must: what is then measured is not what it is called."""
+    if model.captures != captures:
+        raise RuntimeError("a decode could not be captured as a CUDA graph; the log of the model says why")
 
 
 async def _streams(model: PagedModel, bundle: Bundle, sizes: Sizes, streams: int) -> tuple[list[Stream], float]:

@@ -35,8 +35,10 @@ def bundle(small):
 
 @pytest.fixture(params=[False, True], ids=["launched one by one", "CUDA graphs"])
 def model(request, rig, bundle):
-    """Closed by the engine that runs it."""
-    return rig.open(bundle, num_slots=NUM_SLOTS, captures=request.param)
+    """Closed by the engine that runs it. A capture that failed would be no failure but for this."""
+    opened = rig.open(bundle, num_slots=NUM_SLOTS, captures=request.param)
+    yield opened
+    assert opened.captures == request.param
 
 
 def check_greedy(oracle: Oracle, prompt: list[int], tokens: list[int]) -> None:

@@ -190,6 +190,16 @@ def test_a_cache_with_too_few_blocks_says_what_would_do(bundle: Path) -> None:
     assert "kv_cache is 1 MiB: raise kv_cache or lower max_running" in message
 
 
+def test_the_first_steps_are_as_wide_as_any_however_small_the_cache(bundle: Path) -> None:
+    manifest = paged_kit.manifest_of(bundle)
+    block_bytes = 4 * BLOCK * manifest.num_layers * manifest.num_kv_heads * manifest.head_size
+    model = paged_kit.load(bundle, num_slots=9, num_kv_bytes=11 * block_bytes, captures=True)
+    assert model.num_kv_tokens == BLOCK
+    assert (16, 1) in model._session._buckets  # 9, filled up
+    assert holds_nothing(model)
+    model.close()
+
+
 def test_what_was_reserved_always_finds_blocks(bundle: Path) -> None:
     """The last block of every sequence may hold a single token."""
     model = paged_kit.load(bundle, num_slots=4, num_kv_bytes=2**18)
@@ -263,14 +273,17 @@ def test_a_step_that_fails_on_a_device_that_still_answers_is_one_step(bundle: Pa
     model.close()
 
 
-def test_a_capture_that_fails_costs_the_captures_and_no_token(bundle: Path, expected: np.ndarray) -> None:
+def test_a_capture_that_fails_costs_the_captures_and_no_token_and_is_said(
+    bundle: Path, expected: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
     model = paged_kit.load(bundle, captures=True)
     model.reserve(0, 60)
     model.step([Row(0, 0, TOKENS[:50], num_logits=1)])
     model._session._session = Failing(model._session._session, 1)
     logits = model.step([Row(0, 50, TOKENS[50:51], num_logits=1)])
     np.testing.assert_allclose(logits.row(0), expected[50], **NEAR)
-    assert not model._session._captures
+    assert not model.captures
+    assert "decodes on the processor go on without CUDA graphs: CUDA failure 700" in caplog.text
     assert model.problem() is None
     model.close()
 

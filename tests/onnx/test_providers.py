@@ -144,6 +144,7 @@ def test_a_machine_without_a_driver_says_so() -> None:
 def test_what_is_wrong_with_the_driver_is_one_line(
     libcuda: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert why_not(Runtime(), 3, open_driver=lambda: CudaDriver(libcuda)) == said

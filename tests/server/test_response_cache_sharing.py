@@ -13,6 +13,8 @@ from headrace.backends.events import StreamEnd
 from headrace.backends.requests import LatencyClass, ResponseCaching, Scheduling, Stopping
 from headrace.backends.types import Call, Events
 from headrace.server.middleware import response_cache
+from headrace.server.middleware.gathering import gather
+from headrace.server.middleware.idempotency import Idempotency
 from headrace.server.middleware.response_cache import AHEAD
 from tests.server.cache_kit import HIT, MISS, call, copied, in_memory, statuses
 from tests.server.letters_kit import Letters, Reader
@@ -164,6 +166,26 @@ async def test_a_run_is_streamed_as_soon_as_one_of_its_readers_is() -> None:
     assert run.is_streamed
     assert not whole.call.is_streamed
     model.turn(2)
+    assert [await whole.rest(), await stream.rest()] == ["abc", "abc"]
+
+
+async def test_a_stream_that_attaches_to_a_whole_answer_by_its_key_gets_its_parts_as_they_come(
+    keys: Idempotency,
+) -> None:
+    model = Letters(free=False)
+    handler = keys.replay(in_memory().cache(gather(model.run)))
+    made = call(model, idempotency_key="order-1")
+    whole = Reader(handler, made)
+    whole.want()
+    model.turn()
+    await until(lambda: model.said == 1)
+    stream = Reader(handler, copied(made, is_streamed=True))
+    stream.want()
+    await until(lambda: made.is_streamed)
+    model.turn()
+    await until(lambda: len(stream.events) == 1)
+    assert model.said == 2
+    model.turn()
     assert [await whole.rest(), await stream.rest()] == ["abc", "abc"]
 
 

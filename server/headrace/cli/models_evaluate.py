@@ -143,10 +143,12 @@ def evaluate(
     if evaluations.reference.quality.num_positions < _DEFAULT_TOKENS:
         click.echo(f"Figures over fewer than {_DEFAULT_TOKENS:,} tokens say little.")
     if json_file is not None:
+        import onnxruntime  # its package has another name where it is the one for GPUs
+
         facts = {
             "text": {"file": text_file and str(text_file), "sha256": hashlib.sha256(text.encode()).hexdigest()},
             "machine": machine,
-            "versions": {package: version(package) for package in ("headrace", "onnxruntime")},
+            "versions": {"headrace": version("headrace"), "onnxruntime": onnxruntime.__version__},
             **dataclasses.asdict(evaluations),
         }
         _write(json_file, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))

@@ -110,6 +110,11 @@ class PagedModel:
         )
         self._warm_up(manifest)
 
+    @property
+    def captures(self) -> bool:
+        """Whether decodes run as CUDA graphs: no more once a capture has failed."""
+        return self._session.captures
+
     def reserve(self, slot: int, num_tokens: int) -> None:
         self._pool.reserve(slot, num_tokens)
 
@@ -154,7 +159,7 @@ class PagedModel:
         """The largest steps that there will be, so that what they need is taken now or never: a long chunk, as many
         decodes as can run, and as many rows of logits as can be wanted.
         """
-        block, length = self.chunk_alignment, min(self.max_chunk, manifest.context_length - 1, self.num_kv_tokens)
+        length = min(self.max_chunk, manifest.context_length - 1, self.num_kv_tokens)
         try:
             self.reserve(0, length + 1)
             self.step([Row(0, 0, [0] * length, num_logits=min(length, self.max_scores))])
@@ -164,7 +169,7 @@ class PagedModel:
                     f"model {self.card.name!r} gives logits that are not finite on {self._device.description}"
                 )
             self.release(0)
-            num_decodes = min(self.num_slots, self.num_kv_tokens // block)
+            num_decodes = self.num_slots  # for each of which there is a block, and one more
             for slot in range(num_decodes):
                 self.reserve(slot, 1)
             self.step([Row(slot, 0, [0], num_logits=1) for slot in range(num_decodes)])

@@ -11,6 +11,7 @@ their own, which nobody reads.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from headrace.backends.api import Row
 from headrace.backends.errors import BackendUnavailable
 from headrace.backends.onnx.blocks import NO_BLOCK
 from headrace.backends.onnx.providers import CPU, Device, DeviceUnavailable, one_line
+
+logger = logging.getLogger(__name__)
 
 _ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16, "tensor(int8)": 3}
 """ONNX's numbers of what a cache may be made of."""
@@ -117,7 +120,8 @@ class PagedSession:
         self._spare_block = num_blocks
         """Where rows write that only fill a bucket up."""
         self._session = open_on(device, graph, memory_limit=memory_limit, captures=captures)
-        self._captures = captures
+        self.captures = captures
+        """Whether decodes are captured: no more once that has failed."""
         self._caches = self._take_caches(num_blocks + 1)
         self.logits = on_device(np.zeros((max_logits, vocabulary_size), np.float32), device)
         """[max_logits, V] float32: those of the last run come first."""
@@ -130,14 +134,19 @@ class PagedSession:
         """Computes rows whose cells are ready, and leaves their logits, in order, in ``logits``. ``tables``
         [rows, blocks of the longest sequence] are theirs. Raises BackendUnavailable.
         """
-        if self._captures and all(len(row.token_ids) == row.num_logits == 1 for row in rows):
+        if self.captures and all(len(row.token_ids) == row.num_logits == 1 for row in rows):
             try:
                 self._run_bucket(rows, tables)
-            except BackendUnavailable:
+            except BackendUnavailable as error:
                 # Another thread's use of the device spoils a capture, for one. What was written is written again.
                 if not self.answers():
                     raise
-                self._captures = False
+                logger.warning(
+                    "decodes on %s go on without CUDA graphs: %s",
+                    self._device.description,
+                    one_line(error.__cause__ or error),
+                )
+                self.captures = False
                 self._buckets.clear()
             else:
                 return

@@ -139,7 +139,9 @@ class Ledger:
         await self._hits.close(CLOSE_SECONDS)
         self._closed = True
         await asyncio.to_thread(self._writer.stop, CLOSE_SECONDS)
-        await asyncio.sleep(0)  # the last answers have been sent to the loop before
+        # The last answers have been sent to the loop before, and whoever waits for them settles one turn later.
+        for _ in range(2):
+            await asyncio.sleep(0)
         self._progress.close(delete=not self._open and not self._num_unsettled)
         # What a cancelled reader has asked for may still be on its way.
         await asyncio.to_thread(self._readers.shutdown)

@@ -57,7 +57,6 @@ class Writer:
         self._queue: queue.SimpleQueue[Op | SweepOp | None] = queue.SimpleQueue()
         self._unwritten: list[SettleOp] = []
         """Settlements that wait for the database, the oldest first."""
-        """Until then calls come so thick that the next ones are worth waiting for."""
         self._settle_by = 0.0
         """When they are written at the latest, if the database can be."""
         self._connection: Connection | None = None

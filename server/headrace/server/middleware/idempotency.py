@@ -164,7 +164,10 @@ class Idempotency:
         if run.expiry is not None:
             run.expiry.cancel()
         # What one reader gets at once is not held back; and it is wanted as long as anybody wants it.
-        run.call.is_streamed = run.call.is_streamed or call.is_streamed
+        if call.is_streamed:
+            run.call.is_streamed = True
+            if run.call.run is not None:  # the response cache's copy of it
+                run.call.run.is_streamed = True
         run.call.extend(call.deadline)
         if call is not run.call:
             call.run = run.call
