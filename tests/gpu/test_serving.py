@@ -14,7 +14,7 @@ from tests.gpu.streams import Stream, generate
 
 NUM_SLOTS = 8
 NEAR_TIE = 0.1
-"""Two logits that are this near may change places; see ``test_logits``."""
+"""Two logits that are this near may change places; see ``test_device_numbers``."""
 
 
 class TestPaged(BackendConformance):
