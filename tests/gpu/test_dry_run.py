@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-QUICK = "(operator and heads and window) or (logits and int8 and block) or (placement and paged) or earlier"
+QUICK = "(operator and heads and window) or (numbers and int8 and block) or (placement and paged) or earlier"
 """One test or two of each file: all of them are a few minutes."""
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from headrace.backends.api import WholeCallModel
 from headrace.backends.errors import DeadlineExceeded
 from headrace.backends.events import Delta, FinishReason, StreamEnd
+from headrace.backends.remote.model import RemoteModel
 from headrace.backends.requests import ExpiryAction, Scheduling, Stopping
 from headrace.backends.types import Call
 from headrace.backends.usage import AttemptOutcome
@@ -195,15 +197,20 @@ async def test_a_client_that_cancels_has_its_call_aborted_upstream_and_settled(t
     )
 
 
-async def test_a_client_that_cancels_pays_what_the_drain_finds_out(tmp_path: Path):
-    held = Held()
+async def test_a_client_that_cancels_pays_what_the_drain_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    held, drain = Held(), RemoteModel._drain
+
+    async def go_on_and_drain(*arguments: Any) -> bool:
+        held.go_on.set()  # not before the server knows of the cancel
+        return await drain(*arguments)
+
+    monkeypatch.setattr(RemoteModel, "_drain", go_on_and_drain)
     async with Upstream(held) as upstream, serving(tmp_path, upstream.url, on_cancel="drain") as served:
         running = stream(served)
         async for event in running:
             if event.WhichOneof("event") == "delta":
                 break
         running.cancel()
-        held.go_on.set()
         await served.all_settled()
         [posting] = await served.postings()
     assert (posting.outcome, posting.input_tokens, posting.output_tokens, posting.estimated) == (
