@@ -134,6 +134,7 @@ def _call(
         principal=Principal("bench"),
         prompt=Prompt(encoding.text, tuple(encoding.ids)),
         max_new_tokens=arguments.new_tokens,
+        is_streamed=True,
     )
 
 

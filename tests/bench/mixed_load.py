@@ -173,6 +173,7 @@ def _make_call(
         principal=Principal(latency_class.name),
         prompt=Prompt("", ids),
         max_new_tokens=max_new_tokens,
+        is_streamed=True,
     )
 
 

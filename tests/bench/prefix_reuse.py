@@ -88,6 +88,7 @@ async def _ask(engine: Engine, tokens: Sequence[int], *, use_prefix_cache: bool)
         principal=Principal("bench"),
         prompt=Prompt("", tuple(tokens)),
         max_new_tokens=_NEW_TOKENS,
+        is_streamed=True,
     )
     answer: list[int] = []
     async with aclosing(engine.generate(call)) as events:

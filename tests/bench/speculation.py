@@ -153,6 +153,7 @@ def _call(engine: Engine, question: str, temperature: float, new_tokens: int, se
         principal=Principal("bench"),
         prompt=Prompt(encoding.text, tuple(encoding.ids)),
         max_new_tokens=new_tokens,
+        is_streamed=True,
     )
 
 

@@ -127,7 +127,9 @@ class _Engine:
             sampling=Sampling(temperature=0.0),
             stopping=Stopping(max_new_tokens=num_tokens, ignore_eos=True),
         )
-        call = Call(request=request, request_id=f"load-{next(self._numbers)}", arrived=time.monotonic())
+        call = Call(
+            request=request, request_id=f"load-{next(self._numbers)}", arrived=time.monotonic(), is_streamed=True
+        )
         async with aclosing(self._app.generate(call)) as events:
             async for event in events:
                 if isinstance(event, Delta) and event.text:

@@ -89,6 +89,7 @@ def make_call(
     tenant: str = "tenant",
     use_prefix_cache: bool = True,
     output_format: OutputFormat | None = None,
+    is_streamed: bool = True,
 ) -> Call:
     """A call as ``tokenize`` leaves it; tokens are bytes."""
     ids = prompt.encode() if isinstance(prompt, str) else prompt
@@ -112,6 +113,7 @@ def make_call(
         principal=Principal(tenant),
         prompt=Prompt(text, tuple(ids)),
         max_new_tokens=max_new_tokens,
+        is_streamed=is_streamed,
     )
 
 

@@ -6,7 +6,7 @@ import math
 import time
 
 import pytest
-from engine_kit import Clock, letters, make_call, read, running_engine, scripted
+from engine_kit import Answer, Clock, letters, make_call, read, running_engine, scripted, until
 
 from headrace.backends.errors import BackendError
 from headrace.backends.events import Delta, FinishReason
@@ -50,6 +50,35 @@ async def test_tokens_without_text_are_carried_by_a_later_delta_unless_they_are_
     snowman = tuple("☃".encode())
     assert later.events[0] == Delta(0, "☃", snowman)
     assert [event.token_ids for event in at_once.events[:3]] == [(i,) for i in snowman]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_what_nobody_sees_in_parts_comes_in_two(n: int) -> None:
+    async with running_engine(scripted()) as engine:
+        response = ResponseOptions(token_ids=True, logprobs=True, top_logprobs=2)
+        parts = await read(engine, make_call(max_new_tokens=20, n=n, seed=7, response=response))
+        whole = await read(engine, make_call(max_new_tokens=20, n=n, seed=7, response=response, is_streamed=False))
+    for choice in range(n):
+        assert [len(delta.token_ids) for delta in parts.deltas(choice)] == [1] * 20
+        assert [len(delta.token_ids) for delta in whole.deltas(choice)] == [1, 19]
+        assert (whole.text(choice), whole.ids(choice)) == (parts.text(choice), parts.ids(choice))
+        assert whole.logprobs(choice) == parts.logprobs(choice)
+        assert whole.finish(choice) == parts.finish(choice)
+
+
+async def test_a_call_that_comes_to_be_streamed_shows_what_it_has_and_then_each_part() -> None:
+    async with running_engine(scripted(seconds_per_step=0.002)) as engine:
+        call = make_call(max_new_tokens=100, is_streamed=False)
+        answer, events = Answer(), engine.generate(call)
+        answer.events.append(await anext(events))
+        await until(lambda: (call.meter.usage().output_tokens or 0) >= 10)
+        call.is_streamed = True
+        answer.events += [event async for event in events]
+    sizes = [len(delta.token_ids) for delta in answer.deltas()]
+    assert sizes[0] == 1
+    assert sizes[1] >= 10
+    assert set(sizes[2:]) == {1}
+    assert answer.text() == letters("prompt", 100)
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "one"), (True, "one, t")])

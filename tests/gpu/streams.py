@@ -55,6 +55,7 @@ async def generate(
         principal=Principal("tenant"),
         prompt=Prompt("", tuple(prompt)),
         max_new_tokens=count,
+        is_streamed=True,
     )
     async with aclosing(engine.generate(call)) as events:
         async for event in events:

@@ -419,20 +419,18 @@ class Runner:
             return
         if isinstance(accepted, End):
             self._finish(sequence, accepted)
-        else:
-            self._show(sequence, accepted)
+            return
+        sequence.unsent_text += accepted
+        if sequence.is_due:
+            self._emit_delta(sequence)
 
-    def _show(self, sequence: Sequence, text: str) -> None:
-        wants_tokens = sequence.call.request.response.token_ids or sequence.unsent_logprobs
-        if text or sequence.unsent_reasoning or sequence.unsent_calls or (wants_tokens and sequence.unsent_ids):
-            self._emit_delta(sequence, text)
-
-    def _emit_delta(self, sequence: Sequence, text: str) -> None:
-        if delta := sequence.take_delta(text):
+    def _emit_delta(self, sequence: Sequence) -> None:
+        if delta := sequence.take_delta():
             self._emit(sequence.stream, delta)
 
     def _finish(self, sequence: Sequence, end: End) -> None:
-        self._emit_delta(sequence, end.text)
+        sequence.unsent_text += end.text
+        self._emit_delta(sequence)
         reason = end.reason
         if reason is FinishReason.EOS_TOKEN and sequence.has_calls:
             reason = FinishReason.TOOL_CALLS

@@ -67,6 +67,10 @@ class Sequence:
     was_preempted: bool = False
     """Whether it had to give up what it had in the cache: what it finds there later is its own."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
+    has_shown: bool = False
+    """Whether there was a delta."""
+    unsent_text: str = ""
+    """Of the answer, that no delta has carried yet."""
     unsent_ids: list[int] = field(default_factory=list)
     """Tokens no delta has carried yet."""
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -199,20 +203,32 @@ class Sequence:
             return End(FinishReason.STOP_SEQUENCE, text + rest.text, stop_sequence=rest.stop_sequence)
         return End(reason, text + rest + self.text.finish(), stop_token_id=token_id)
 
-    def take_delta(self, text: str) -> Delta | None:
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to show now. Where nobody sees the parts, each would only cost the event loop its
+        time: the first says that the answer has begun, the rest comes with its end.
+        """
+        if self.has_shown and not self.call.is_streamed:
+            return False
+        if self.unsent_text or self.unsent_reasoning or self.unsent_calls:
+            return True
+        return bool(self.unsent_ids) and (self.call.request.response.token_ids or bool(self.unsent_logprobs))
+
+    def take_delta(self) -> Delta | None:
         """All that no delta has carried yet, if there is anything."""
         delta = Delta(
             self.choice,
-            text,
+            self.unsent_text,
             tuple(self.unsent_ids),
             tuple(self.unsent_logprobs),
             self.unsent_reasoning,
             tuple(self.unsent_calls),
         )
+        self.has_shown = True
         self.unsent_ids.clear()
         self.unsent_logprobs.clear()
         self.unsent_calls.clear()
-        self.unsent_reasoning = ""
+        self.unsent_text = self.unsent_reasoning = ""
         return delta if delta.text or delta.token_ids or delta.reasoning_text or delta.tool_calls else None
 
     def limit_reasoning(self) -> None:
