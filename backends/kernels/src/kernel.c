@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <string.h>
 
+#include "processor.h"
 #include "top.h"
 
 OrtStatus *invalid(const OrtApi *ort, const char *message) { return ort->CreateStatus(ORT_INVALID_ARGUMENT, message); }
@@ -107,11 +108,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
   return status;
 }
 
-/* Whether this processor has what the operators are compiled for. */
-__attribute__((visibility("default"))) int headrace_kernels_supported(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+/* Whether this processor has what the operators need. */
+__attribute__((visibility("default"))) int headrace_kernels_supported(void) { return processor_best() > ISA_NONE; }
 
 /* top_of_rows, for callers that load the library by name. */
 __attribute__((visibility("default"))) int headrace_top(const float *rows, size_t num_rows, size_t size, size_t k,

@@ -1,8 +1,17 @@
 #include <stdlib.h>
 
+#include "processor.h"
+
 #include "linear_tile.h"
 
-#define CACHED_BYTES (20 << 10) /* of weights that stay in the first cache while all rows pass */
+static const linear_method *method_of(int bits, size_t block_size) {
+  if (bits == 4) return &LINEAR_BYTES;
+  const processor_isa isa = processor_best();
+  if (isa >= ISA_AMX_INT8 && (block_size == 32 || block_size == 64)) return &LINEAR_AMX;
+  return isa >= ISA_AVX512_VNNI ? &LINEAR_WORDS_512 : &LINEAR_WORDS;
+}
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static size_t value_bytes(const linear_weights *w, size_t inputs) { return TILE * inputs * w->bits / 8; }
 
@@ -39,11 +48,12 @@ static uint8_t *pack_values(const linear_weights *w, const uint8_t *values) {
   if (!packed) return NULL;
   memset(packed, 0, w->num_tiles * tile_bytes);
   for (size_t output = 0; output < w->outputs; output++) {
-    uint8_t *tile = packed + output / TILE * tile_bytes + output % TILE * (w->bits == 8 ? 2 : 4);
+    const size_t n = w->method->neighbours;
+    uint8_t *tile = packed + output / TILE * tile_bytes + output % TILE * n;
     const uint8_t *row = values + output * row_bytes;
     if (w->bits == 8) {
       const uint8_t zero = w->has_minima ? 0 : 128;
-      for (size_t k = 0; k < w->inputs; k++) tile[k / 2 * TILE * 2 + k % 2] = (uint8_t)(row[k] - zero);
+      for (size_t k = 0; k < w->inputs; k++) tile[k / n * TILE * n + k % n] = (uint8_t)(row[k] - zero);
     } else {
       for (size_t k = 0; k < w->inputs; k++) {
         const int integer = k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15;
@@ -75,6 +85,7 @@ bool linear_pack(linear_weights *w, const uint8_t *values, const float *scales, 
       .has_minima = minima != NULL,
       .half_scales = are_halves(scales, num_factors) && (!minima || are_halves(minima, num_factors)),
   };
+  w->method = method_of(bits, block_size);
   w->values = pack_values(w, values);
   w->scales = pack_factors(w, scales);
   w->minima = minima ? pack_factors(w, minima) : NULL;
@@ -91,21 +102,23 @@ void linear_release(linear_weights *w) {
   *w = (linear_weights){0};
 }
 
-/* Where a group of rows begins. */
-static size_t group_start(const linear_rows *rows, size_t group, size_t num_groups) {
-  return rows->count * group / num_groups;
+static size_t count_groups(const linear_weights *w, const linear_rows *rows) {
+  return (rows->count + w->method->max_rows - 1) / w->method->max_rows;
 }
 
-static size_t count_groups(const linear_rows *rows) { return (rows->count + MAX_ROWS - 1) / MAX_ROWS; }
+static row_group group_of(const linear_rows *rows, size_t group, size_t num_groups) {
+  const size_t first = rows->count * group / num_groups;
+  return (row_group){first, rows->count * (group + 1) / num_groups - first};
+}
 
 void linear_quantize(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
                      linear_rows *rows, size_t first, size_t last) {
-  quantize_function *const quantize = w->bits == 8 ? quantize_words : quantize_bytes;
-  const size_t num_groups = count_groups(rows);
-  for (size_t group = 0; group < num_groups; group++) {
-    const size_t start = group_start(rows, group, num_groups), end = group_start(rows, group + 1, num_groups);
-    for (size_t i = start < first ? first : start; i < (end < last ? end : last); i++) {
-      quantize(w, x + i * width, width, norm, epsilon, rows, i, start, end - start);
+  const size_t num_groups = count_groups(w, rows);
+  for (size_t number = 0; number < num_groups; number++) {
+    const row_group group = group_of(rows, number, num_groups);
+    const size_t end = group.first + group.count;
+    for (size_t i = group.first < first ? first : group.first; i < (end < last ? end : last); i++) {
+      w->method->quantize(w, x + i * width, width, norm, epsilon, rows, i, group);
     }
   }
 }
@@ -148,46 +161,57 @@ INLINE void finish(__m256 *results, size_t count, const float *bias, const float
 
 size_t linear_num_pieces(const linear_weights *w, linear_gate gate) { return gate ? w->num_tiles / 2 : w->num_tiles; }
 
-/* One tile, or pair of them, of one of num_groups groups of rows. Each group fetches its share of the tile that is
- * `step` further: so memory is busy all the time, not only while the first group passes. */
-static void multiply_piece(const linear_weights *w, const linear_rows *rows, linear_gate gate, const float *bias,
-                           const float *residual, float *out, size_t tile, size_t group, size_t num_groups,
-                           size_t step) {
-  const size_t start = group_start(rows, group, num_groups), end = group_start(rows, group + 1, num_groups);
-  tile_function *const multiply = (w->bits == 8 ? WORD_TILES[w->has_minima] : BYTE_TILES)[end - start - 1];
-  const size_t width = gate ? w->outputs / 2 : w->outputs, tile_bytes = value_bytes(w, w->inputs);
-  const size_t column = tile * TILE, count = width - column < TILE ? width - column : TILE;
-  const size_t share = tile_bytes / num_groups * group;
-  const fetch ahead = {(uintptr_t)w->values + (tile + step) * tile_bytes + share,
-                       UNROLLED * TILE * (size_t)w->bits / 8 / num_groups};
-  __m256 results[MAX_ROWS][2], values[MAX_ROWS][2];
-  multiply(w, tile, rows, start, ahead, results);
-  if (gate) {
-    const size_t other = w->num_tiles / 2;
-    multiply(w, tile + other, rows, start, (fetch){ahead.from + other * tile_bytes, ahead.step}, values);
+/* What a piece of work adds to, and where it goes. */
+typedef struct {
+  linear_gate gate;
+  const float *bias, *residual;
+  float *out;
+} linear_output;
+
+/* Some neighbouring tiles, or pairs of them, of a group of rows. */
+static void multiply_pieces(const linear_weights *w, const linear_rows *rows, const linear_output *to, size_t first,
+                            size_t last, row_group group, fetch ahead) {
+  const size_t a_piece = to->gate ? 2 : 1, width = w->outputs / a_piece;
+  size_t tiles[MAX_TILES] = {0}, num_tiles = 0;
+  _Alignas(64) float results[MAX_TILES][MAX_GROUP][TILE];
+  for (size_t piece = first; piece < last; piece++) {
+    tiles[num_tiles++] = piece;
+    if (to->gate) tiles[num_tiles++] = piece + w->num_tiles / 2;
   }
-  for (size_t row = start; row < end; row++) {
-    __m256 *result = results[row - start];
-    if (gate) {
-      result[0] = _mm256_mul_ps(gated(gate, result[0]), values[row - start][0]);
-      result[1] = _mm256_mul_ps(gated(gate, result[1]), values[row - start][1]);
+  w->method->multiply(w, tiles, num_tiles, rows, group, ahead, results);
+  for (size_t piece = first; piece < last; piece++) {
+    const float(*const values)[TILE] = results[(piece - first) * a_piece];
+    const size_t column = piece * TILE, count = width - column < TILE ? width - column : TILE;
+    for (size_t i = 0; i < group.count; i++) {
+      __m256 result[2] = {_mm256_load_ps(values[i]), _mm256_load_ps(values[i] + 8)};
+      if (to->gate) { /* what is gated lies in the next tile */
+        result[0] = _mm256_mul_ps(gated(to->gate, result[0]), _mm256_load_ps(values[MAX_GROUP + i]));
+        result[1] = _mm256_mul_ps(gated(to->gate, result[1]), _mm256_load_ps(values[MAX_GROUP + i] + 8));
+      }
+      const size_t at = (group.first + i) * width + column;
+      finish(result, count, to->bias ? to->bias + column : NULL, to->residual ? to->residual + at : NULL, to->out + at);
     }
-    finish(result, count, bias ? bias + column : NULL, residual ? residual + row * width + column : NULL,
-           out + row * width + column);
   }
 }
 
 void linear_multiply(const linear_weights *w, const linear_rows *rows, linear_gate gate, const float *bias,
                      const float *residual, float *out, size_t first, size_t last) {
-  const size_t num_groups = count_groups(rows);
-  const size_t piece_bytes = value_bytes(w, w->inputs) * (gate ? 2 : 1);
-  const size_t step = piece_bytes < CACHED_BYTES ? CACHED_BYTES / piece_bytes : 1;
+  const linear_output to = {gate, bias, residual, out};
+  const size_t num_groups = count_groups(w, rows), tile_bytes = value_bytes(w, w->inputs), a_piece = gate ? 2 : 1;
+  const size_t cached = w->method->cached_bytes / (tile_bytes * a_piece), step = cached ? cached : 1;
+  const size_t together = w->method->max_tiles > a_piece ? w->method->max_tiles / a_piece : 1;
   for (; first < last; first += step) {
-    const size_t end = last - first < step ? last : first + step;
-    for (size_t group = 0; group < num_groups; group++) {
-      for (size_t tile = first; tile < end; tile++) {
-        multiply_piece(w, rows, gate, bias, residual, out, tile, group, num_groups, step);
+    const size_t end = smaller(last, first + step);
+    for (size_t number = 0; number < num_groups; number++) {
+      const row_group group = group_of(rows, number, num_groups);
+      /* Each group fetches its share of the tile that is `step` further: so memory is busy all the time, not only while
+       * the first group passes. */
+      const fetch ahead = {step * tile_bytes + tile_bytes / num_groups * number, value_bytes(w, UNROLLED) / num_groups};
+      if (w->method->enter) w->method->enter(w, group.count);
+      for (size_t piece = first; piece < end; piece += together) {
+        multiply_pieces(w, rows, &to, piece, smaller(end, piece + together), group, ahead);
       }
+      if (w->method->leave) w->method->leave(group.count);
     }
   }
 }

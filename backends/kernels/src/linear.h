@@ -5,9 +5,13 @@
  * has the same bits whatever rows are computed beside it, and however work is divided.
  *
  * Beside weights of 8 bits, activations have 16, with one scale for a row, which loses nothing that shows. It costs
- * nothing: without VNNI, multiplying bytes takes two multiplications (one in pairs, one that widens the sums),
- * multiplying 16-bit integers one for half as many. Beside weights of 4 bits they have 8, with a scale for each block:
- * then sums of pairs still fit 16 bits, and one multiplication does twice as many. */
+ * little: without VNNI, multiplying bytes takes two multiplications (one in pairs, one that widens the sums),
+ * multiplying 16-bit integers one for half as many; AMX takes their two bytes one after the other. Beside weights of 4
+ * bits they have 8, with a scale for each block: then sums of pairs still fit 16 bits, and one multiplication does twice
+ * as many.
+ *
+ * How it is computed is the processor's affair (linear_method); all of them add the same floats in the same order, and
+ * so give the same bits. */
 #pragma once
 
 #include <stdbool.h>
@@ -25,8 +29,10 @@ typedef struct {
   int bits; /* 8 or 4 */
   bool has_minima;
   bool half_scales;
-  /* For each tile, pairs of inputs one after another, each with its 16 outputs: int8 [inputs / 2][TILE][2]. With 4 bits
-   * unsigned and eight inputs in four bytes, the first four in the lower halves: [inputs / 8][TILE][4]. */
+  const struct linear_method *method;
+  /* For each tile, some neighbouring inputs after others, each with its 16 outputs: int8 [inputs / n][TILE][n], n being
+   * the method's. With 4 bits unsigned and eight inputs in four bytes, the first four in the lower halves:
+   * [inputs / 8][TILE][4]. */
   uint8_t *values;
   /* [num_tiles][num_blocks][TILE], of float, or of halves where they hold every one exactly. */
   void *scales, *minima;
@@ -34,11 +40,11 @@ typedef struct {
 
 typedef enum { GATE_NONE, GATE_SILU, GATE_GELU_TANH } linear_gate;
 
-/* Rows of activations, quantised. They are computed in groups of nearly equal size; within a group lie the first two
- * inputs of each row, then the next two, and so on. */
+/* Rows of activations, quantised. They are computed in groups of nearly equal size; within a group lie some neighbouring
+ * inputs of each row, then the next ones, and so on. */
 typedef struct {
   size_t count;
-  void *values;  /* count x inputs, of int16_t, or int8_t with weights of 4 bits */
+  void *values;  /* count x inputs, of 16 bits, or 8 with weights of 4 bits; begins at a multiple of 64 */
   float *scales; /* [count], or [count][num_blocks] with weights of 4 bits */
   float *sums;   /* [count][num_blocks]: of each block's values; times their scales, with weights of 4 bits */
 } linear_rows;

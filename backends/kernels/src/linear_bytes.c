@@ -2,12 +2,13 @@
  * with 16 bits, at a loss below that of most weights' rounding. */
 #include "linear_tile.h"
 
+#define MAX_ROWS 6     /* that are computed together, as in linear_words.c */
 #define LARGEST 127.0f /* a sum of 16 bits holds half of a block: 16 products with 15 at most */
 
-void quantize_bytes(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
-                    linear_rows *rows, size_t row, size_t group_start, size_t group_rows) {
-  /* A group's values lie four by four, the rows beside each other. */
-  int8_t *values = (int8_t *)rows->values + group_start * w->inputs + (row - group_start) * 4;
+/* A group's values lie four by four, the rows beside each other. */
+static void quantize(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
+                     linear_rows *rows, size_t row, row_group group) {
+  int8_t *values = (int8_t *)rows->values + group.first * w->inputs + (row - group.first) * 4;
   float *scales = rows->scales + row * w->num_blocks, *sums = rows->sums + row * w->num_blocks;
   const float factor = norm ? norm_factor(x, width, epsilon) : 1;
   for (size_t block = 0; block < w->num_blocks; block++) {
@@ -18,9 +19,9 @@ void quantize_bytes(const linear_weights *w, const float *x, size_t width, const
       v[i] = load_activations(x, norm, factor, start + i * 8, width);
       magnitudes = larger_magnitudes(magnitudes, v[i]);
     }
-    const float largest = largest_magnitude(magnitudes);
-    scales[block] = largest / LARGEST; /* not a number if one of the block is not: nor are its products, then */
-    const __m256 inverses = _mm256_set1_ps(largest > SMALLEST ? LARGEST / largest : 0);
+    float inverse;
+    scales[block] = step_of(largest_magnitude(magnitudes), LARGEST, &inverse);
+    const __m256 inverses = _mm256_set1_ps(inverse);
     __m256i sum = _mm256_setzero_si256();
     for (size_t i = 0; i < count; i++) {
       const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverses));
@@ -28,8 +29,8 @@ void quantize_bytes(const linear_weights *w, const float *x, size_t width, const
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
       int32_t fours[2];
       _mm_storel_epi64((__m128i *)fours, _mm_packs_epi16(words, words));
-      memcpy(values + (start + i * 8) * group_rows, &fours[0], 4);
-      memcpy(values + (start + i * 8 + 4) * group_rows, &fours[1], 4);
+      memcpy(values + (start + i * 8) * group.count, &fours[0], 4);
+      memcpy(values + (start + i * 8 + 4) * group.count, &fours[1], 4);
     }
     sums[block] = scales[block] * sum8(_mm256_cvtepi32_ps(sum)); /* small integers: exact */
   }
@@ -60,9 +61,10 @@ INLINE void add_four(const int num_rows, const bool first, __m256i (*sums)[2], _
 }
 
 /* num_rows is a constant where this is inlined. */
-INLINE void multiply_tile(const int num_rows, const linear_weights *w, size_t tile, const linear_rows *rows,
-                          size_t first_row, fetch ahead, __m256 (*results)[2]) {
+INLINE void multiply_rows(const int num_rows, const linear_weights *w, size_t tile, const linear_rows *rows,
+                          size_t first_row, fetch ahead, float (*results)[TILE]) {
   const uint8_t *values = w->values + tile * TILE * w->inputs / 2;
+  uintptr_t fetched = (uintptr_t)values + ahead.distance;
   const int8_t *x = (const int8_t *)rows->values + first_row * w->inputs;
   const float *scales = rows->scales + first_row * w->num_blocks, *row_sums = rows->sums + first_row * w->num_blocks;
   const __m256i low_bits = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -73,8 +75,8 @@ INLINE void multiply_tile(const int num_rows, const linear_weights *w, size_t ti
     __m256i sums[MAX_ROWS][2]; /* of 16 bits, two for each output */
 #pragma GCC unroll 4
     for (size_t k = 0; k < BYTE_BLOCK; k += UNROLLED) {
-      _mm_prefetch((const char *)ahead.from, _MM_HINT_T1);
-      ahead.from += ahead.step;
+      _mm_prefetch((const char *)fetched, _MM_HINT_T1);
+      fetched += ahead.step;
       const __m256i low = _mm256_load_si256((const __m256i *)values);
       const __m256i high = _mm256_load_si256((const __m256i *)(values + 32));
       values += 64;
@@ -101,23 +103,30 @@ INLINE void multiply_tile(const int num_rows, const linear_weights *w, size_t ti
   }
 #pragma GCC unroll 6
   for (int i = 0; i < num_rows; i++) {
-    results[i][0] = totals[i][0];
-    results[i][1] = totals[i][1];
+    _mm256_storeu_ps(results[i], totals[i][0]);
+    _mm256_storeu_ps(results[i] + 8, totals[i][1]);
   }
 }
 
-#define TILE_FUNCTION(num_rows)                                                                                     \
-  static void tile_##num_rows(const linear_weights *w, size_t tile, const linear_rows *rows, size_t first_row,      \
-                              fetch ahead, __m256(*results)[2]) {                                                   \
-    multiply_tile(num_rows, w, tile, rows, first_row, ahead, results);                                              \
+INLINE void multiply_group(const linear_weights *w, size_t tile, const linear_rows *rows, row_group group, fetch ahead,
+                           float (*results)[TILE]) {
+  switch (group.count) {
+    case 1: multiply_rows(1, w, tile, rows, group.first, ahead, results); break;
+    case 2: multiply_rows(2, w, tile, rows, group.first, ahead, results); break;
+    case 3: multiply_rows(3, w, tile, rows, group.first, ahead, results); break;
+    case 4: multiply_rows(4, w, tile, rows, group.first, ahead, results); break;
+    case 5: multiply_rows(5, w, tile, rows, group.first, ahead, results); break;
+    default: multiply_rows(MAX_ROWS, w, tile, rows, group.first, ahead, results); break;
   }
-TILE_FUNCTION(1)
-TILE_FUNCTION(2)
-TILE_FUNCTION(3)
-TILE_FUNCTION(4)
-TILE_FUNCTION(5)
-TILE_FUNCTION(6)
+}
 
-tile_function *const BYTE_TILES[MAX_ROWS] = {tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+static void multiply(const linear_weights *w, const size_t *tiles, size_t num_tiles, const linear_rows *rows,
+                     row_group group, fetch ahead, float (*results)[MAX_GROUP][TILE]) {
+  for (size_t i = 0; i < num_tiles; i++) multiply_group(w, tiles[i], rows, group, ahead, results[i]);
+}
+
+const linear_method LINEAR_BYTES = {
+    .max_rows = MAX_ROWS, .max_tiles = 1, .neighbours = 4, .cached_bytes = 20 << 10, .quantize = quantize,
+    .multiply = multiply};
 
 SIMD_END

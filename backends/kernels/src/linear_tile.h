@@ -1,5 +1,5 @@
-/* What the two ways to multiply share: words.c, activations of 16 bits with weights of 8; bytes.c, of 8 bits with
- * weights of 4. */
+/* What the ways to multiply share. Weights of 8 bits, with activations of 16: linear_words.c on any processor,
+ * linear_words_512.c with VNNI, linear_amx.c. Weights of 4, with activations of 8: linear_bytes.c. */
 #pragma once
 
 #include "linear.h"
@@ -8,30 +8,58 @@
 
 #include "simd.h"
 
-#define MAX_ROWS 6 /* rows that are computed together: twelve sums, two weights, an activation and a product */
+#define MAX_GROUP 32    /* rows that are computed together, by any method */
+#define MAX_TILES 4     /* the same of tiles */
 #define SMALLEST 1e-30f /* of the largest activation, lest its inverse be infinite; what is below counts as zeros */
 #define UNROLLED 8      /* inputs at once; every block has a multiple of as many */
 
-/* What to fetch from memory meanwhile: `step` bytes with every UNROLLED inputs. An address and no pointer, since it may
- * lie beyond the weights: what is not there is not fetched, and that is all. */
+/* What to fetch from memory meanwhile: what lies `distance` bytes behind the tile, `step` bytes with every UNROLLED
+ * inputs. What is not there is not fetched, and that is all. */
 typedef struct {
-  uintptr_t from;
-  size_t step;
+  size_t distance, step;
 } fetch;
 
-/* Multiplies one tile with a group of rows, whose number is the function's own. */
-typedef void tile_function(const linear_weights *w, size_t tile, const linear_rows *rows, size_t first_row, fetch ahead,
-                           __m256 (*results)[2]);
-extern tile_function *const WORD_TILES[2][MAX_ROWS]; /* without and with minima; then by the number of rows, from 1 */
-extern tile_function *const BYTE_TILES[MAX_ROWS];
+/* Neighbouring rows that are computed together, and whose values lie together. */
+typedef struct {
+  size_t first, count;
+} row_group;
 
-/* Quantises row `row` of `rows`, one of a group of `group_rows` that begins with `group_start`. */
-typedef void quantize_function(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
-                               linear_rows *rows, size_t row, size_t group_start, size_t group_rows);
-quantize_function quantize_words, quantize_bytes;
+typedef struct linear_method {
+  size_t max_rows;     /* of a group */
+  size_t max_tiles;    /* that are worth computing together, even */
+  size_t neighbours;   /* inputs that lie together, in weights of 8 bits */
+  size_t cached_bytes; /* of weights that stay cached while all rows pass */
+  /* Quantises a row of a group. */
+  void (*quantize)(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
+                   linear_rows *rows, size_t row, row_group group);
+  /* Multiplies some tiles with a group of rows. */
+  void (*multiply)(const linear_weights *w, const size_t *tiles, size_t num_tiles, const linear_rows *rows,
+                   row_group group, fetch ahead, float (*results)[MAX_GROUP][TILE]);
+  /* Before tiles are multiplied with a group of so many rows, and after the last; or NULL. */
+  void (*enter)(const linear_weights *w, size_t num_rows);
+  void (*leave)(size_t num_rows);
+} linear_method;
+
+void quantize_words(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
+                    linear_rows *rows, size_t row, row_group group);
+extern const linear_method LINEAR_WORDS, LINEAR_WORDS_512, LINEAR_AMX, LINEAR_BYTES;
 
 INLINE __m256 load_factors(const linear_weights *w, const void *factors, size_t index) {
   return w->half_scales ? load_halves((const half *)factors + index) : _mm256_loadu_ps((const float *)factors + index);
+}
+
+#ifdef __AVX512F__
+INLINE __m512 load_factors16(const linear_weights *w, const void *factors, size_t index) {
+  if (!w->half_scales) return _mm512_loadu_ps((const float *)factors + index);
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const half *)factors + index)));
+}
+#endif
+
+/* The integers' step of a row whose largest magnitude becomes `limit`; and its inverse. It is not a number if one of the
+ * row is not: nor are its products, then. */
+INLINE float step_of(float largest, float limit, float *inverse) {
+  *inverse = largest > SMALLEST ? limit / largest : 0;
+  return largest / limit;
 }
 
 /* What an RMS norm multiplies a row with, before its own factors. */
@@ -64,4 +92,15 @@ INLINE __m256 load_activations(const float *x, const float *norm, float factor, 
 /* The larger magnitudes of both, as integers, which are ordered as floats without signs are. */
 INLINE __m256i larger_magnitudes(__m256i magnitudes, __m256 x) {
   return _mm256_max_epi32(magnitudes, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(INT32_MAX)));
+}
+
+#define LARGEST_WORD 32767.0f /* an activation of 16 bits */
+
+/* The largest magnitude of a row. */
+INLINE float largest_activation(const float *x, size_t width, const float *norm, float factor) {
+  __m256i magnitudes = _mm256_setzero_si256();
+  for (size_t k = 0; k < width; k += 8) {
+    magnitudes = larger_magnitudes(magnitudes, load_activations(x, norm, factor, k, width));
+  }
+  return largest_magnitude(magnitudes);
 }

@@ -1,21 +1,17 @@
 /* Weights of 8 bits with activations of 16: exact for all that shows. */
 #include "linear_tile.h"
 
-#define LARGEST 32767.0f
+#define MAX_ROWS 6 /* that are computed together: twelve sums, two weights, an activation and a product */
 
+/* A group's values lie two by two, the rows beside each other. */
 void quantize_words(const linear_weights *w, const float *x, size_t width, const float *norm, float epsilon,
-                    linear_rows *rows, size_t row, size_t group_start, size_t group_rows) {
-  /* A group's values lie two by two, the rows beside each other. */
-  int16_t *values = (int16_t *)rows->values + group_start * w->inputs + (row - group_start) * 2;
+                    linear_rows *rows, size_t row, row_group group) {
+  int16_t *values = (int16_t *)rows->values + group.first * w->inputs + (row - group.first) * 2;
   float *sums = rows->sums + row * w->num_blocks;
   const float factor = norm ? norm_factor(x, width, epsilon) : 1;
-  __m256i magnitudes = _mm256_setzero_si256();
-  for (size_t k = 0; k < width; k += 8) {
-    magnitudes = larger_magnitudes(magnitudes, load_activations(x, norm, factor, k, width));
-  }
-  const float largest = largest_magnitude(magnitudes);
-  rows->scales[row] = largest / LARGEST; /* not a number if one of the row is not: nor are its products, then */
-  const __m256 inverses = _mm256_set1_ps(largest > SMALLEST ? LARGEST / largest : 0);
+  float inverse;
+  rows->scales[row] = step_of(largest_activation(x, width, norm, factor), LARGEST_WORD, &inverse);
+  const __m256 inverses = _mm256_set1_ps(inverse);
   int32_t sum = 0;
   for (size_t k = 0; k < w->inputs; k += 8) {
     const __m256 v = load_activations(x, norm, factor, k, width);
@@ -23,7 +19,7 @@ void quantize_words(const linear_weights *w, const float *x, size_t width, const
     int16_t eight[8];
     _mm_storeu_si128((__m128i *)eight,
                      _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
-    for (size_t i = 0; i < 8; i += 2) memcpy(values + (k + i) * group_rows, eight + i, 2 * sizeof *eight);
+    for (size_t i = 0; i < 8; i += 2) memcpy(values + (k + i) * group.count, eight + i, 2 * sizeof *eight);
     if (w->has_minima) {
       for (size_t i = 0; i < 8; i++) sum += eight[i];
       if ((k + 8) % w->block_size == 0) {
@@ -46,9 +42,10 @@ INLINE __m256i widened(__m128i bytes, const bool minima) {
 }
 
 /* num_rows is a constant where this is inlined, as is minima. */
-INLINE void multiply_tile(const int num_rows, const bool minima, const linear_weights *w, size_t tile,
-                          const linear_rows *rows, size_t first_row, fetch ahead, __m256 (*results)[2]) {
+INLINE void multiply_rows(const int num_rows, const bool minima, const linear_weights *w, size_t tile,
+                          const linear_rows *rows, size_t first_row, fetch ahead, float (*results)[TILE]) {
   const uint8_t *values = w->values + tile * TILE * w->inputs;
+  uintptr_t fetched = (uintptr_t)values + ahead.distance; /* an address: it may lie beyond the weights */
   const int16_t *x = (const int16_t *)rows->values + first_row * w->inputs;
   __m256 totals[MAX_ROWS][2]; /* not `results`, which could overlap what is read here, for all the compiler knows */
 #pragma GCC unroll 6
@@ -58,9 +55,9 @@ INLINE void multiply_tile(const int num_rows, const bool minima, const linear_we
 #pragma GCC unroll 6
     for (int i = 0; i < num_rows; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
     for (size_t k = 0; k < w->block_size; k += UNROLLED) {
-      _mm_prefetch((const char *)ahead.from, _MM_HINT_T1);
-      _mm_prefetch((const char *)(ahead.from + ahead.step / 2), _MM_HINT_T1);
-      ahead.from += ahead.step;
+      _mm_prefetch((const char *)fetched, _MM_HINT_T1);
+      _mm_prefetch((const char *)(fetched + ahead.step / 2), _MM_HINT_T1);
+      fetched += ahead.step;
 #pragma GCC unroll 4
       for (int pair = 0; pair < UNROLLED / 2; pair++) {
         const __m256i low = widened(_mm_load_si128((const __m128i *)values), minima);
@@ -97,27 +94,36 @@ INLINE void multiply_tile(const int num_rows, const bool minima, const linear_we
 #pragma GCC unroll 6
   for (int i = 0; i < num_rows; i++) {
     const __m256 scale = _mm256_broadcast_ss(rows->scales + first_row + (size_t)i);
-    results[i][0] = _mm256_mul_ps(totals[i][0], scale);
-    results[i][1] = _mm256_mul_ps(totals[i][1], scale);
+    _mm256_storeu_ps(results[i], _mm256_mul_ps(totals[i][0], scale));
+    _mm256_storeu_ps(results[i] + 8, _mm256_mul_ps(totals[i][1], scale));
   }
 }
 
-#define TILE_FUNCTION(num_rows, minima)                                                                             \
-  static void tile_##num_rows##_##minima(const linear_weights *w, size_t tile, const linear_rows *rows,             \
-                                         size_t first_row, fetch ahead, __m256(*results)[2]) {                      \
-    multiply_tile(num_rows, minima, w, tile, rows, first_row, ahead, results);                                      \
+INLINE void multiply_group(const bool minima, const linear_weights *w, size_t tile, const linear_rows *rows,
+                           row_group group, fetch ahead, float (*results)[TILE]) {
+  switch (group.count) {
+    case 1: multiply_rows(1, minima, w, tile, rows, group.first, ahead, results); break;
+    case 2: multiply_rows(2, minima, w, tile, rows, group.first, ahead, results); break;
+    case 3: multiply_rows(3, minima, w, tile, rows, group.first, ahead, results); break;
+    case 4: multiply_rows(4, minima, w, tile, rows, group.first, ahead, results); break;
+    case 5: multiply_rows(5, minima, w, tile, rows, group.first, ahead, results); break;
+    default: multiply_rows(MAX_ROWS, minima, w, tile, rows, group.first, ahead, results); break;
   }
-#define TILE_FUNCTIONS(num_rows) TILE_FUNCTION(num_rows, 0) TILE_FUNCTION(num_rows, 1)
-TILE_FUNCTIONS(1)
-TILE_FUNCTIONS(2)
-TILE_FUNCTIONS(3)
-TILE_FUNCTIONS(4)
-TILE_FUNCTIONS(5)
-TILE_FUNCTIONS(6)
+}
 
-tile_function *const WORD_TILES[2][MAX_ROWS] = {
-    {tile_1_0, tile_2_0, tile_3_0, tile_4_0, tile_5_0, tile_6_0},
-    {tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1},
-};
+static void multiply(const linear_weights *w, const size_t *tiles, size_t num_tiles, const linear_rows *rows,
+                     row_group group, fetch ahead, float (*results)[MAX_GROUP][TILE]) {
+  for (size_t i = 0; i < num_tiles; i++) {
+    if (w->has_minima) {
+      multiply_group(true, w, tiles[i], rows, group, ahead, results[i]);
+    } else {
+      multiply_group(false, w, tiles[i], rows, group, ahead, results[i]);
+    }
+  }
+}
+
+const linear_method LINEAR_WORDS = {
+    .max_rows = MAX_ROWS, .max_tiles = 1, .neighbours = 2, .cached_bytes = 20 << 10, .quantize = quantize_words,
+    .multiply = multiply};
 
 SIMD_END

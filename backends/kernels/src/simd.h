@@ -3,20 +3,31 @@
  * Nothing here depends on where in memory, or beside what, a value lies: the same operand gives the same bits. Files
  * that include this are compiled with -ffp-contract=off, so that only what is written as a fused operation is one.
  *
- * Such a file includes this last, and ends with SIMD_END: what lies between is compiled for such processors. */
+ * Such a file includes this last, and ends with SIMD_END: what lies between is compiled for such processors; with
+ * SIMD_512 defined for those that have AVX-512 and VNNI as well, with SIMD_AMX for those that have AMX beside these. */
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
+#if defined(SIMD_AMX)
+#define SIMD_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8"
+#elif defined(SIMD_512)
+#define SIMD_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#else
+#define SIMD_TARGET "avx2,fma,f16c"
+#endif
+#define SIMD_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#define SIMD_BEGIN(features) \
+  SIMD_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define SIMD_END _Pragma("clang attribute pop")
 #else
-#pragma GCC target("avx2,fma,f16c")
+#define SIMD_BEGIN(features) SIMD_PRAGMA(GCC target(features))
 #define SIMD_END
 #endif
+SIMD_BEGIN(SIMD_TARGET)
 
 #define INLINE static inline __attribute__((always_inline))
 
