@@ -2,10 +2,13 @@
 
 #include <math.h>
 
+#include "processor.h"
+
 #include "attention_cells.h"
 
 static const attention_cells_functions *functions_of(const attention_shape *shape) {
-  return shape->cells == ATTENTION_BYTES ? &attention_bytes : &attention_halves;
+  if (shape->cells == ATTENTION_BYTES) return &attention_bytes;
+  return processor_best() >= ISA_AVX512_VNNI ? &attention_halves_512 : &attention_halves;
 }
 
 static const float *find(const float *table, int32_t position, size_t width) {
@@ -75,8 +78,7 @@ void attention_prepare(const attention_shape *shape, const attention_tokens *tok
 
 /* --- attending ---------------------------------------------------------------------------------------------------- */
 
-/* Turns a row's scores of keys first .. first + count into exponentials, against the largest score so far. */
-static void weigh(attending *a, size_t row, size_t first, size_t count) {
+void attention_weigh(attending *a, size_t row, size_t first, size_t count) {
   const __m256 nothing = _mm256_set1_ps(-INFINITY);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i low = _mm256_set1_epi32((int)a->first_key[row] - 1), high = _mm256_set1_epi32((int)a->last_key[row] + 1);
@@ -132,10 +134,10 @@ static void attend_rows(const attention_cells_functions *cells, const void *keys
   for (size_t start = first / SPAN * SPAN; start <= last; start += SPAN) {
     size_t count = last + 1 - start;
     count = count > SPAN ? SPAN : (count + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK * ATTENTION_BLOCK;
-    for (size_t row = 0; row < a->num_rows; row += GROUP) {
-      const size_t num_rows = a->num_rows - row < GROUP ? a->num_rows - row : GROUP;
+    for (size_t row = 0; row < a->num_rows; row += cells->group) {
+      const size_t num_rows = a->num_rows - row < cells->group ? a->num_rows - row : cells->group;
       cells->score(a, row, num_rows, keys, start, count);
-      for (size_t i = row; i < row + num_rows; i++) weigh(a, i, start, count);
+      for (size_t i = row; i < row + num_rows; i++) cells->weigh(a, i, start, count);
       cells->add(a, row, num_rows, values, start, count);
     }
   }

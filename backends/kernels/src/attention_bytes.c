@@ -214,6 +214,6 @@ INLINE void add_rows(const int num_rows, attending *a, size_t row, const int8_t 
 GROUP_FUNCTION(score, keys)
 GROUP_FUNCTION(add, values)
 
-const attention_cells_functions attention_bytes = {store, begin, score, add};
+const attention_cells_functions attention_bytes = {GROUP, store, begin, score, attention_weigh, add};
 
 SIMD_END

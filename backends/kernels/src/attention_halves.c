@@ -1,8 +1,8 @@
 /* Cells of float16. Keys lie [capacity / ATTENTION_BLOCK][head_size][ATTENTION_BLOCK], values [capacity][head_size]. */
 #include "attention_cells.h"
 
-static void store(const attention_shape *shape, size_t position, const float *key, const float *value, void *keys,
-                  void *values) {
+void attention_store_halves(const attention_shape *shape, size_t position, const float *key, const float *value,
+                            void *keys, void *values) {
   const size_t size = shape->head_size;
   half packed[MAX_HEAD_SIZE];
   for (size_t i = 0; i < size; i += 8) store_halves(packed + i, _mm256_loadu_ps(key + i));
@@ -12,7 +12,7 @@ static void store(const attention_shape *shape, size_t position, const float *ke
   for (size_t i = 0; i < size; i += 8) store_halves(to + i, _mm256_loadu_ps(value + i));
 }
 
-static void begin(attending *a) { (void)a; }
+void attention_begin_halves(attending *a) { (void)a; }
 
 INLINE void score_block(const int num_rows, attending *a, size_t row, const half *keys, size_t column) {
   __m256 sums[GROUP][2];
@@ -74,6 +74,6 @@ INLINE void add_rows(const int num_rows, attending *a, size_t row, const half *v
 GROUP_FUNCTION(score, keys)
 GROUP_FUNCTION(add, values)
 
-const attention_cells_functions attention_halves = {store, begin, score, add};
+const attention_cells_functions attention_halves = {GROUP, attention_store_halves, attention_begin_halves, score, attention_weigh, add};
 
 SIMD_END

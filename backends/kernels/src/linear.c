@@ -4,6 +4,8 @@
 
 #include "linear_tile.h"
 
+#define FETCHED_BYTES (20 << 10) /* of weights, ahead */
+
 static const linear_method *method_of(int bits, size_t block_size) {
   if (bits == 4) return &LINEAR_BYTES;
   const processor_isa isa = processor_best();
@@ -198,8 +200,10 @@ void linear_multiply(const linear_weights *w, const linear_rows *rows, linear_ga
                      const float *residual, float *out, size_t first, size_t last) {
   const linear_output to = {gate, bias, residual, out};
   const size_t num_groups = count_groups(w, rows), tile_bytes = value_bytes(w, w->inputs), a_piece = gate ? 2 : 1;
-  const size_t cached = w->method->cached_bytes / (tile_bytes * a_piece), step = cached ? cached : 1;
   const size_t together = w->method->max_tiles > a_piece ? w->method->max_tiles / a_piece : 1;
+  /* A single group needs its weights once: what it fetches need not come long before. */
+  const size_t cached = (num_groups == 1 ? FETCHED_BYTES : w->method->cached_bytes) / (tile_bytes * a_piece);
+  const size_t step = cached > together ? cached : together;
   for (; first < last; first += step) {
     const size_t end = smaller(last, first + step);
     for (size_t number = 0; number < num_groups; number++) {

@@ -107,3 +107,25 @@ INLINE __m256 sigmoid8(__m256 x) {
   const __m256 one = _mm256_set1_ps(1.0f);
   return _mm256_div_ps(one, _mm256_add_ps(one, exp8(_mm256_sub_ps(_mm256_setzero_ps(), x))));
 }
+
+#ifdef __AVX512F__
+/* As exp8, of sixteen: the same bits. */
+INLINE __m512 exp16(__m512 x) {
+  const __m512 tiny = _mm512_set1_ps(-87.0f);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, tiny, _CMP_GE_OQ);
+  x = _mm512_min_ps(_mm512_max_ps(x, tiny), _mm512_set1_ps(88.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 5040);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  const __m512i power = _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23);
+  return _mm512_maskz_mov_ps(normal, _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power)));
+}
+#endif
