@@ -5,19 +5,45 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+INSTRUCTION_SETS = ("avx2", "avx512_vnni", "amx_int8")
+"""That the operators are written for, the least first. All give the same bits."""
+_MAX_ISA = "HEADRACE_KERNELS_MAX_ISA"
+
 
 def library() -> Path | None:
     """The library to register with ONNX Runtime; None on a processor that lacks AVX2, FMA or F16C."""
+    found = _found()
+    return found[0] if found is not None else None
+
+
+def instruction_set() -> str | None:
+    """The one of ``INSTRUCTION_SETS`` that is used here: the best that the processor has, up to the one that the
+    variable ``HEADRACE_KERNELS_MAX_ISA`` names; None where ``library`` is. Raises ValueError if it names none.
+    """
+    found = _found()
+    return found[1] if found is not None else None
+
+
+@functools.cache
+def _found() -> tuple[Path, str] | None:
+    most = os.environ.get(_MAX_ISA)
+    if most is not None and most not in INSTRUCTION_SETS:
+        *others, best = INSTRUCTION_SETS
+        raise ValueError(f"{_MAX_ISA} must be {', '.join(others)} or {best}, not {most!r}")
     spec = importlib.util.find_spec("headrace_kernels._operators")
     if spec is None or spec.origin is None:
         return None
-    return Path(spec.origin) if ctypes.CDLL(spec.origin).headrace_kernels_supported() else None
+    function = ctypes.CDLL(spec.origin).headrace_kernels_isa
+    function.restype = ctypes.c_char_p
+    name: bytes | None = function()
+    return (Path(spec.origin), name.decode()) if name is not None else None
 
 
 def top(

@@ -108,8 +108,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
   return status;
 }
 
-/* Whether this processor has what the operators need. */
-__attribute__((visibility("default"))) int headrace_kernels_supported(void) { return processor_best() > ISA_NONE; }
+/* The instructions that the operators are computed with here; NULL if this processor has not what they need. */
+__attribute__((visibility("default"))) const char *headrace_kernels_isa(void) { return processor_name(processor_best()); }
 
 /* top_of_rows, for callers that load the library by name. */
 __attribute__((visibility("default"))) int headrace_top(const float *rows, size_t num_rows, size_t size, size_t k,

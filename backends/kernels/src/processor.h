@@ -8,6 +8,8 @@ typedef enum {
   ISA_AMX_INT8, /* AVX-512 with VNNI included */
 } processor_isa;
 
-/* The best of them; no better than the variable HEADRACE_KERNELS_MAX_ISA ("avx2", "avx512_vnni", "amx_int8") says, if it
- * is set when this is first called. */
+/* The best of them; no better than the variable HEADRACE_KERNELS_MAX_ISA names, if it is set when this is first called. */
 processor_isa processor_best(void);
+
+/* As that variable has it; NULL for ISA_NONE. */
+const char *processor_name(processor_isa isa);

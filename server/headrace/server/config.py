@@ -271,8 +271,8 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     return loaded
 
 
-_NO_SETTINGS = {"ADDRESS", "API_KEY", "CLIENT_CERTIFICATE", "CLIENT_KEY", "CONFIG", "TLS", "TLS_CA"}
-"""What the command line and the clients take from the environment, behind the same prefix."""
+_NO_SETTINGS = {"ADDRESS", "API_KEY", "CLIENT_CERTIFICATE", "CLIENT_KEY", "CONFIG", "KERNELS_MAX_ISA", "TLS", "TLS_CA"}
+"""What the command line, the clients and headrace-kernels take from the environment, behind the same prefix."""
 
 
 def _check_environment() -> None:

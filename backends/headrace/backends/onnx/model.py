@@ -83,9 +83,9 @@ class OnnxModel:
         dtype = np.dtype(np.int8 if int8_cache else fused_session.KV_DTYPE if fused else stock_session.KV_DTYPE)
         self.num_kv_tokens = num_kv_bytes // kv_bytes_per_token(manifest, dtype)
         logger.info(
-            "model %s runs on %s operators; its cache holds %d tokens in %s",
+            "model %s runs on %s; its cache holds %d tokens in %s",
             manifest.name,
-            "compiled" if fused else "ONNX Runtime's own",
+            _compiled_operators() if fused else "ONNX Runtime's own operators",
             self.num_kv_tokens,
             dtype.name,
         )
@@ -153,3 +153,9 @@ class OnnxModel:
             recorded,
         )
         return min(found, DeterminismClass[recorded])
+
+
+def _compiled_operators() -> str:
+    import headrace_kernels
+
+    return f"compiled operators ({headrace_kernels.instruction_set()})"

@@ -163,12 +163,15 @@ class OnnxBackend:
 
 
 def compiled_operators() -> Path | None:
-    """The library of headrace-kernels, if that is installed and made for this processor."""
+    """The library of headrace-kernels, if that is installed and made for this processor. Raises BackendError."""
     try:
         import headrace_kernels
     except ImportError:
         return None
-    return headrace_kernels.library()
+    try:
+        return headrace_kernels.library()
+    except ValueError as error:  # what the environment says of it
+        raise BackendError(str(error)) from error
 
 
 @hookimpl
