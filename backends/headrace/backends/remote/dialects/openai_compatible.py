@@ -26,7 +26,7 @@ from headrace.backends.remote.dialects.openai_requests import (
     unsupported,
 )
 from headrace.backends.remote.options import RemoteModelOptions
-from headrace.backends.requests import NamedTool, ToolChoiceMode
+from headrace.backends.requests import ToolChoiceMode
 from headrace.backends.types import Call
 
 _COMPATIBLE = CHAT | {
@@ -39,7 +39,7 @@ _COMPATIBLE = CHAT | {
 
 
 def _compatible(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-    _refuse_required(call, "a dialect that says which server it is, such as vllm or llama-cpp")
+    _refuse_required(call, "a dialect whose server heeds it, such as vllm")
     return chat_body(call, model)
 
 
@@ -116,19 +116,16 @@ VLLM = chat_dialect(
 
 
 def _llama_cpp(call: Call, model: RemoteModelOptions) -> dict[str, Any]:
-    request, choice = call.request, chat_of(call).tool_choice
-    body = {
+    # A real one answered with text all the same, with each of four templates.
+    _refuse_required(call, "a dialect whose server heeds it, such as vllm")
+    return {
         **chat_body(call, model, reasoning="reasoning_content"),
         **_sampling(call),
-        "typical_p": request.sampling.typical_p,
+        "typical_p": call.request.sampling.typical_p,
         "repeat_penalty": 1.0,
-        "ignore_eos": request.stopping.ignore_eos,
+        "ignore_eos": call.request.stopping.ignore_eos,
         **_template(call),
     }
-    if isinstance(choice, NamedTool):  # it knows no demand by name
-        named = [tool for tool in body["tools"] if tool["function"]["name"] == choice.name]
-        body |= {"tools": named, "tool_choice": "required"}
-    return body
 
 
 LLAMA_CPP = chat_dialect(
@@ -136,7 +133,6 @@ LLAMA_CPP = chat_dialect(
     options=_COMPATIBLE
     | {
         "chat.messages.reasoning_text",
-        "chat.tool_choice.name",
         "chat.template_arguments",
         "sampling.logit_bias",
         "sampling.top_k",
