@@ -5,8 +5,6 @@
 
 #include "attention_cells.h"
 
-INLINE __m512 load_halves16(const half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-
 /* num_rows is a constant where this is inlined, as below. */
 INLINE void score_rows(const int num_rows, attending *a, size_t row, const half *keys, size_t start, size_t count) {
   for (size_t column = 0; column < count; column += ATTENTION_BLOCK) {

@@ -3,8 +3,8 @@
 #define SIMD_AMX
 #include "linear_tile.h"
 
-#define ROWS 16             /* of a matrix register, which has 64 bytes in each */
-#define MAX_ROWS (2 * ROWS) /* that are computed together */
+#define HALF 16             /* rows of a matrix register, which has 64 bytes in each */
+#define MAX_ROWS (2 * HALF) /* that are computed together */
 #define FEW_ROWS 3          /* for which VNNI is faster */
 
 /* Matrix registers: activations of a group's first rows, upper and lower bytes, and of its second ones, either; weights;
@@ -18,8 +18,8 @@
 #define SECOND_UPPER_SUMS 6
 #define SECOND_LOWER_SUMS 7
 
-/* Rows of a register: a group of more than ROWS is two halves, which share a row if it is odd. */
-static size_t half_of(size_t num_rows) { return num_rows <= ROWS ? num_rows : (num_rows + 1) / 2; }
+/* Rows of a register: a group of more than HALF is two halves, which share a row if it is odd. */
+static size_t half_of(size_t num_rows) { return num_rows <= HALF ? num_rows : (num_rows + 1) / 2; }
 
 static void enter(const linear_weights *w, size_t num_rows) {
   if (num_rows <= FEW_ROWS) return;
@@ -252,11 +252,11 @@ static void multiply(const linear_weights *w, const size_t *tiles, size_t num_ti
     multiply_few_of(true, w, tiles, num_tiles, rows, group, ahead, results);
   } else if (group.count <= FEW_ROWS) {
     multiply_few_of(false, w, tiles, num_tiles, rows, group, ahead, results);
-  } else if (w->has_minima && group.count > ROWS) {
+  } else if (w->has_minima && group.count > HALF) {
     multiply_group(w, tiles, num_tiles, rows, group, ahead, results, true, true);
   } else if (w->has_minima) {
     multiply_group(w, tiles, num_tiles, rows, group, ahead, results, true, false);
-  } else if (group.count > ROWS) {
+  } else if (group.count > HALF) {
     multiply_group(w, tiles, num_tiles, rows, group, ahead, results, false, true);
   } else {
     multiply_group(w, tiles, num_tiles, rows, group, ahead, results, false, false);

@@ -51,7 +51,7 @@ INLINE __m256 load_factors(const linear_weights *w, const void *factors, size_t 
 #ifdef __AVX512F__
 INLINE __m512 load_factors16(const linear_weights *w, const void *factors, size_t index) {
   if (!w->half_scales) return _mm512_loadu_ps((const float *)factors + index);
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const half *)factors + index)));
+  return load_halves16((const half *)factors + index);
 }
 #endif
 
@@ -104,3 +104,26 @@ INLINE float largest_activation(const float *x, size_t width, const float *norm,
   }
   return largest_magnitude(magnitudes);
 }
+
+/* --- methods of words --------------------------------------------------------------------------------------------- */
+
+#define ROWS(num_rows) \
+  case num_rows: multiply_rows(num_rows, minima, w, tile, rows, group.first, ahead, results); break;
+
+/* Makes `multiply` of the inlined multiply_rows, whose number of rows and minima must be constants. `cases`: ROWS of 1 to
+ * MAX_ROWS. */
+#define MULTIPLY_WORDS(cases)                                                                                      \
+  INLINE void multiply_group(const bool minima, const linear_weights *w, size_t tile, const linear_rows *rows,     \
+                             row_group group, fetch ahead, float (*results)[TILE]) {                               \
+    switch (group.count) { cases }                                                                                 \
+  }                                                                                                                \
+  static void multiply(const linear_weights *w, const size_t *tiles, size_t num_tiles, const linear_rows *rows,    \
+                       row_group group, fetch ahead, float (*results)[MAX_GROUP][TILE]) {                          \
+    for (size_t i = 0; i < num_tiles; i++) {                                                                       \
+      if (w->has_minima) {                                                                                         \
+        multiply_group(true, w, tiles[i], rows, group, ahead, results[i]);                                         \
+      } else {                                                                                                     \
+        multiply_group(false, w, tiles[i], rows, group, ahead, results[i]);                                        \
+      }                                                                                                            \
+    }                                                                                                              \
+  }

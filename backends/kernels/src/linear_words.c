@@ -99,28 +99,7 @@ INLINE void multiply_rows(const int num_rows, const bool minima, const linear_we
   }
 }
 
-INLINE void multiply_group(const bool minima, const linear_weights *w, size_t tile, const linear_rows *rows,
-                           row_group group, fetch ahead, float (*results)[TILE]) {
-  switch (group.count) {
-    case 1: multiply_rows(1, minima, w, tile, rows, group.first, ahead, results); break;
-    case 2: multiply_rows(2, minima, w, tile, rows, group.first, ahead, results); break;
-    case 3: multiply_rows(3, minima, w, tile, rows, group.first, ahead, results); break;
-    case 4: multiply_rows(4, minima, w, tile, rows, group.first, ahead, results); break;
-    case 5: multiply_rows(5, minima, w, tile, rows, group.first, ahead, results); break;
-    default: multiply_rows(MAX_ROWS, minima, w, tile, rows, group.first, ahead, results); break;
-  }
-}
-
-static void multiply(const linear_weights *w, const size_t *tiles, size_t num_tiles, const linear_rows *rows,
-                     row_group group, fetch ahead, float (*results)[MAX_GROUP][TILE]) {
-  for (size_t i = 0; i < num_tiles; i++) {
-    if (w->has_minima) {
-      multiply_group(true, w, tiles[i], rows, group, ahead, results[i]);
-    } else {
-      multiply_group(false, w, tiles[i], rows, group, ahead, results[i]);
-    }
-  }
-}
+MULTIPLY_WORDS(ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6))
 
 const linear_method LINEAR_WORDS = {
     .max_rows = MAX_ROWS, .max_tiles = 1, .neighbours = 2, .cached_bytes = 20 << 10, .quantize = quantize_words,

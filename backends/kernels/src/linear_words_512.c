@@ -55,37 +55,7 @@ INLINE void multiply_rows(const int num_rows, const bool minima, const linear_we
   }
 }
 
-#define CASE(num_rows) \
-  case num_rows: multiply_rows(num_rows, minima, w, tile, rows, group.first, ahead, results); break
-
-INLINE void multiply_group(const bool minima, const linear_weights *w, size_t tile, const linear_rows *rows,
-                           row_group group, fetch ahead, float (*results)[TILE]) {
-  switch (group.count) {
-    CASE(1);
-    CASE(2);
-    CASE(3);
-    CASE(4);
-    CASE(5);
-    CASE(6);
-    CASE(7);
-    CASE(8);
-    CASE(9);
-    CASE(10);
-    CASE(11);
-    CASE(12);
-  }
-}
-
-static void multiply(const linear_weights *w, const size_t *tiles, size_t num_tiles, const linear_rows *rows,
-                     row_group group, fetch ahead, float (*results)[MAX_GROUP][TILE]) {
-  for (size_t i = 0; i < num_tiles; i++) {
-    if (w->has_minima) {
-      multiply_group(true, w, tiles[i], rows, group, ahead, results[i]);
-    } else {
-      multiply_group(false, w, tiles[i], rows, group, ahead, results[i]);
-    }
-  }
-}
+MULTIPLY_WORDS(ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12))
 
 const linear_method LINEAR_WORDS_512 = {
     .max_rows = MAX_ROWS, .max_tiles = 1, .neighbours = 2, .cached_bytes = 20 << 10, .quantize = quantize_words,

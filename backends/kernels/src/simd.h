@@ -109,6 +109,8 @@ INLINE __m256 sigmoid8(__m256 x) {
 }
 
 #ifdef __AVX512F__
+INLINE __m512 load_halves16(const half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+
 /* As exp8, of sixteen: the same bits. */
 INLINE __m512 exp16(__m512 x) {
   const __m512 tiny = _mm512_set1_ps(-87.0f);
