@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 class Operator:
     """A graph of one node. ``fed`` and ``constants`` name its inputs, in the order of ``inputs``; an input that is in
-    neither is absent. ``options`` are the session's.
+    neither is absent. ``options`` are the session's, ``more`` names further outputs.
     """
 
     def __init__(
@@ -36,21 +36,23 @@ class Operator:
         *,
         threads: int = 2,
         options: Mapping[str, str] | None = None,
+        more: Sequence[str] = (),
         **attributes: Any,
     ) -> None:
         names = [name if name in fed or name in constants else "" for name in inputs]
         while not names[-1]:
             names.pop()
-        node = helper.make_node(op, names, ["out"], domain="headrace", **attributes)
+        node = helper.make_node(op, names, ["out", *more], domain="headrace", **attributes)
         values = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
             for name, array in fed.items()
         ]
-        out = helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [None, None])
+        self._outputs = ["out", *more]
+        outs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None]) for name in self._outputs]
         weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("headrace", 1)]
         model = helper.make_model(
-            helper.make_graph([node], "one", values, [out], weights), opset_imports=opsets, ir_version=10
+            helper.make_graph([node], "one", values, outs, weights), opset_imports=opsets, ir_version=10
         )
         session = ort.SessionOptions()
         session.intra_op_num_threads = threads
@@ -61,12 +63,17 @@ class Operator:
         self._session = ort.InferenceSession(model.SerializeToString(), session, providers=["CPUExecutionProvider"])
 
     def __call__(self, **fed: NDArray[Any]) -> NDArray[np.float32]:
+        """The first output."""
+        return self.all(**fed)[0]
+
+    def all(self, **fed: NDArray[Any]) -> list[NDArray[np.float32]]:
         binding = self._session.io_binding()
         for name, array in fed.items():
             assert array.flags.c_contiguous
             # By pointer: an operator may write to what it is fed.
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        binding.bind_output("out", "cpu")
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        (out,) = binding.copy_outputs_to_cpu()
-        return out
+        found: list[NDArray[np.float32]] = binding.copy_outputs_to_cpu()
+        return found

@@ -19,7 +19,7 @@ from headrace.backends.remote.dialect import Dialect
 from headrace.backends.remote.options import RemoteModelOptions, RemoteOptions
 from headrace.backends.remote.plugin import RemoteBackend
 from headrace.backends.remote.sse import EventParser
-from headrace.backends.requests import ChatInput, ChatMessage, GenerateRequest, Input, Role
+from headrace.backends.requests import ChatInput, ChatMessage, GenerateRequest, Input, Role, Sampling
 from headrace.backends.testing.calls import Answer, read
 from headrace.backends.types import Call
 from headrace.backends.usage import Usage
@@ -78,6 +78,15 @@ def body_of(dialect: Dialect, call: Call, **model: Any) -> dict[str, Any]:
 async def ask(model: WholeCallModel, call: Call) -> Answer:
     """Reads an answer to its end. Raises what it ends with."""
     return await read(model.generate, call)
+
+
+async def ask_with_seeds(model: WholeCallModel, seeds: Iterable[int]) -> list[Answer]:
+    """Asks for the same story with one seed after the other, at a temperature that tells them apart."""
+    hot = {"sampling.temperature", "determinism.seed"}
+    requests = [
+        request_of("Tell me a story.", sampling=Sampling(temperature=1.5), seed=seed, options=hot) for seed in seeds
+    ]
+    return [await ask(model, call_of(request, max_new_tokens=24)) for request in requests]
 
 
 async def ask_in_vain(model: WholeCallModel, call: Call) -> tuple[list[Event], HeadraceError]:

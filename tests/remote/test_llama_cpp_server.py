@@ -20,7 +20,7 @@ from headrace.backends.requests import (
 )
 from headrace.backends.testing import BackendConformance
 from headrace.backends.types import Call
-from tests.remote.asking import ask, call_of, remote_backend, remote_model, request_of
+from tests.remote.asking import ask, ask_with_seeds, call_of, remote_backend, remote_model, request_of
 
 if "LLAMA_SERVER_URL" in os.environ:
     URL = os.environ["LLAMA_SERVER_URL"]
@@ -67,14 +67,9 @@ if "LLAMA_SERVER_URL" in os.environ:
         assert stopped.text() == whole[: whole.find(stop)]
 
     async def test_a_seed_repeats_an_answer_and_another_does_not() -> None:
-        def seeded(seed: int) -> Call:
-            hot = {"sampling.temperature", "determinism.seed"}
-            request = request_of("Tell me a story.", sampling=Sampling(temperature=1.5), seed=seed, options=hot)
-            return call_of(request, max_new_tokens=24)
-
         async with remote_model(URL, "llama-cpp", model="any") as model:
-            await ask(model, seeded(1))  # what it computes of the prompt is what the others begin with
-            first, again, other = [await ask(model, seeded(seed)) for seed in (1, 1, 2)]
+            # What it computes of the prompt at first is what the others begin with.
+            _, first, again, other = await ask_with_seeds(model, [1, 1, 1, 2])
         assert first.text() == again.text() != other.text()
 
     async def test_tokens_come_with_their_log_probabilities() -> None:

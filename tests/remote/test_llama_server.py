@@ -27,7 +27,7 @@ from headrace.backends.requests import (
 from headrace.backends.testing import BackendConformance
 from headrace.backends.types import Call
 from headrace.backends.usage import AttemptOutcome
-from tests.remote.asking import ask, call_of, remote_backend, remote_model, request_of, tool_calls_of
+from tests.remote.asking import ask, ask_with_seeds, call_of, remote_backend, remote_model, request_of, tool_calls_of
 from tests.remote.llama_server import CONTEXT_LENGTH, NOT_THERE, is_there, llama_server
 
 if is_there():
@@ -82,15 +82,9 @@ if is_there():
         assert stopped.finish().reason is FinishReason.EOS_TOKEN  # it does not say which
 
     async def test_a_seed_repeats_an_answer_and_another_does_not(server: str) -> None:
-        hot = {"sampling.temperature", "determinism.seed"}
-
-        def seeded(seed: int) -> Call:
-            request = request_of("Tell me a story.", sampling=Sampling(temperature=1.5), seed=seed, options=hot)
-            return call_of(request, max_new_tokens=24)
-
         async with remote_model(server, "llama-cpp-python", model="llama") as model:
-            await ask(model, seeded(1))  # what it computes of the prompt is what the others begin with
-            first, again, other = [await ask(model, seeded(seed)) for seed in (1, 1, 2)]
+            # What it computes of the prompt at first is what the others begin with.
+            _, first, again, other = await ask_with_seeds(model, [1, 1, 1, 2])
         assert first.text() == again.text() != other.text()
         assert first.finish().seed == 1
 

@@ -77,7 +77,7 @@ class Tokenizer(Protocol):
     """Text to tokens and back. Safe to call from several threads.
 
     One whose ``encode`` takes less than 0.1 ms for short texts may say so by ``quick_characters``, an ``int``: texts of
-    up to so many are then encoded on the event loop.
+    up to so many are then encoded on the event loop, and so many tokens decoded.
     """
 
     vocabulary_size: int

@@ -66,6 +66,27 @@ def top(
     return values, ids, log_sum_exps
 
 
+MAXIMUM_SPAN = 128
+"""Neighbouring logits of which the operator Linear, if it is asked to, gives the maximum."""
+
+
+def greedy(logits: NDArray[np.float32], maxima: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places of the largest of ``rows`` [R] of ``logits`` [N, V], of equal ones the first, or of the first NaN: as
+    ``numpy.argmax`` has them, from ``maxima`` [N, V / MAXIMUM_SPAN, rounded up], which Linear gave with these logits.
+    Where ``library`` is None it must not be called.
+    """
+    logits, maxima = np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(maxima, np.float32)
+    rows = np.ascontiguousarray(rows, np.int64)
+    num_rows, size = logits.shape
+    if maxima.shape != (num_rows, -(-size // MAXIMUM_SPAN)):
+        raise ValueError(f"maxima must be [{num_rows}, {-(-size // MAXIMUM_SPAN)}], not {maxima.shape}")
+    if rows.ndim != 1 or not ((rows >= 0) & (rows < num_rows)).all():
+        raise ValueError(f"rows must be [R], and each of them 0 to {num_rows - 1}")
+    ids = np.empty(rows.size, np.int64)
+    _greedy()(logits.ctypes.data, maxima.ctypes.data, size, rows.ctypes.data, rows.size, ids.ctypes.data)
+    return ids
+
+
 _DRAW = np.dtype([("temperature", "f8"), ("top_p", "f8"), ("min_p", "f8"), ("number", "f8"), ("top_k", "i8")])
 """``draw_options`` in src/sample.h."""
 
@@ -117,6 +138,15 @@ def draw(
     if not _draw()(logits.ctypes.data, size, rows.ctypes.data, rows.size, options.ctypes.data, ids.ctypes.data):
         raise MemoryError
     return ids
+
+
+@functools.cache
+def _greedy() -> Callable[..., None]:
+    function = ctypes.CDLL(str(library())).headrace_greedy
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    function.argtypes = [pointer, pointer, size, pointer, size, pointer]
+    function.restype = None
+    return function
 
 
 @functools.cache

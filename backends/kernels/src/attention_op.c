@@ -28,7 +28,7 @@ static const input_spec INPUTS[] = {
     [COSINES] = {ORT_FLOAT, true},  [SINES] = {ORT_FLOAT, true},
     [Q_NORM] = {ORT_FLOAT, true},    [K_NORM] = {ORT_FLOAT, true},
 };
-COMMON_CALLBACKS("Attention", INPUTS)
+COMMON_CALLBACKS("Attention", INPUTS, 1)
 
 #define TOKENS_A_TASK 2
 
@@ -186,7 +186,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const size_t layer_bytes = 2 * job.shape.num_slots * job.shape.num_kv_heads * job.shape.head_bytes;
   job.cache = (attention_cache)cache.data + (size_t)kernel->layer * layer_bytes;
   const size_t width = job.shape.num_heads * head_size;
-  CHECK(make_output(ort, context, qkv.dims[0], (int64_t)width, &job.out));
+  CHECK(make_output(ort, context, 0, qkv.dims[0], (int64_t)width, &job.out));
   if (!num_tokens) return NULL;
   const size_t q_size = num_tokens * width * sizeof(float);
   char *memory;

@@ -43,12 +43,14 @@ OrtStatus *read_constant(const OrtApi *ort, const OrtKernelInfo *info, size_t in
   return NULL;
 }
 
-OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t rows, int64_t columns, float **out) {
+OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, size_t index, int64_t rows, int64_t columns,
+                       float **out) {
   const int64_t dims[2] = {rows, columns};
   OrtValue *value = NULL;
-  CHECK(ort->KernelContext_GetOutput(context, 0, dims, 2, &value));
-  if (!value) return invalid(ort, "headrace: the output has no name");
-  return ort->GetTensorMutableData(value, (void **)out);
+  *out = NULL;
+  CHECK(ort->KernelContext_GetOutput(context, index, dims, 2, &value));
+  if (value) return ort->GetTensorMutableData(value, (void **)out);
+  return index ? NULL : invalid(ort, "headrace: the output has no name");
 }
 
 OrtStatus *run_tasks(const OrtApi *ort, const OrtKernelContext *context, void (*task)(void *, size_t), size_t num_tasks,
@@ -111,9 +113,14 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
 /* The instructions that the operators are computed with here; NULL if this processor has not what they need. */
 __attribute__((visibility("default"))) const char *headrace_kernels_isa(void) { return processor_name(processor_best()); }
 
-/* top_of_rows, for callers that load the library by name. */
+/* top_of_rows and greedy_of_rows, for callers that load the library by name. */
 __attribute__((visibility("default"))) int headrace_top(const float *rows, size_t num_rows, size_t size, size_t k,
                                                          const float *temperatures, float *values, int64_t *ids,
                                                          double *log_sum_exps) {
   return top_of_rows(rows, num_rows, size, k, temperatures, values, ids, log_sum_exps);
+}
+
+__attribute__((visibility("default"))) void headrace_greedy(const float *logits, const float *maxima, size_t size,
+                                                             const int64_t *rows, size_t num_rows, int64_t *ids) {
+  greedy_of_rows(logits, maxima, size, rows, num_rows, ids);
 }

@@ -31,7 +31,9 @@ OrtStatus *read_input(const OrtApi *ort, const OrtKernelContext *context, size_t
 /* An input that must be an initializer, and have elements, where it is present. */
 OrtStatus *read_constant(const OrtApi *ort, const OrtKernelInfo *info, size_t index, tensor *out);
 
-OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, int64_t rows, int64_t columns, float **out);
+/* An output [rows, columns]; *out is NULL where the graph does not name it, as it may all but the first. */
+OrtStatus *make_output(const OrtApi *ort, OrtKernelContext *context, size_t index, int64_t rows, int64_t columns,
+                       float **out);
 
 /* Runs tasks 0 .. num_tasks - 1, at least one, on the session's threads; a single one on the calling thread. */
 OrtStatus *run_tasks(const OrtApi *ort, const OrtKernelContext *context, void (*task)(void *, size_t), size_t num_tasks,
@@ -44,8 +46,8 @@ typedef struct {
 
 extern const OrtCustomOp linear_op, attention_op, attention_bytes_op;
 
-/* What every operator here answers alike: one output of floats, on the CPU. */
-#define COMMON_CALLBACKS(op_name, inputs)                                                                          \
+/* What every operator here answers alike: outputs of floats, the first of which it must have, on the CPU. */
+#define COMMON_CALLBACKS(op_name, inputs, num_outputs)                                                             \
   static const char *get_name(const OrtCustomOp *op) {                                                             \
     (void)op;                                                                                                      \
     return op_name;                                                                                                \
@@ -68,15 +70,15 @@ extern const OrtCustomOp linear_op, attention_op, attention_bytes_op;
   }                                                                                                                \
   static size_t count_outputs(const OrtCustomOp *op) {                                                             \
     (void)op;                                                                                                      \
-    return 1;                                                                                                      \
+    return num_outputs;                                                                                            \
   }                                                                                                                \
   static int output_type(const OrtCustomOp *op, size_t index) {                                                    \
     (void)op, (void)index;                                                                                         \
     return ORT_FLOAT;                                                                                              \
   }                                                                                                                \
   static int output_characteristic(const OrtCustomOp *op, size_t index) {                                          \
-    (void)op, (void)index;                                                                                         \
-    return ORT_REQUIRED;                                                                                           \
+    (void)op;                                                                                                      \
+    return index ? ORT_OPTIONAL : ORT_REQUIRED;                                                                    \
   }                                                                                                                \
   static int memory_type(const OrtCustomOp *op, size_t index) {                                                    \
     (void)op, (void)index;                                                                                         \

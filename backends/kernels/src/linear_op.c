@@ -10,12 +10,16 @@
  *     6 residual  float, shaped as the output, optional
  *     7 gated_values, 8 gated_scales, 9 gated_minima: with a gate, the second matrix; shaped as the first
  *
+ * Outputs: 0 out, float [T, outputs]; 1 maxima, float [T, outputs / MAXIMUM_SPAN, rounded up], optional and without a
+ * gate: the largest of each span of a row of out (top.h).
+ *
  * All but 0 and 6 must be initializers. Attributes: bits (8 or 4), gate (a linear_gate), epsilon (of the norm). */
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernel.h"
 #include "linear.h"
+#include "top.h"
 
 enum { X, VALUES, SCALES, MINIMA, NORM, BIAS, RESIDUAL, GATED_VALUES, GATED_SCALES, GATED_MINIMA };
 static const input_spec INPUTS[] = {
@@ -27,7 +31,7 @@ static const input_spec INPUTS[] = {
     [GATED_SCALES] = {ORT_FLOAT, true},
     [GATED_MINIMA] = {ORT_FLOAT, true},
 };
-COMMON_CALLBACKS("Linear", INPUTS)
+COMMON_CALLBACKS("Linear", INPUTS, 2)
 
 #define ROWS_A_TASK 8
 #define TASK_BYTES (128 << 10) /* of weights: they stay in the second cache while all rows pass */
@@ -48,8 +52,9 @@ typedef struct {
   const linear_kernel *kernel;
   linear_rows rows;
   size_t width, num_tasks;
+  size_t together; /* pieces that no task divides: those of a maximum */
   const float *x, *residual;
-  float *out;
+  float *out, *maxima;
 } linear_run;
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
@@ -62,12 +67,27 @@ static void quantize_task(void *data, size_t task) {
                   smaller(first + ROWS_A_TASK, run->rows.count));
 }
 
+/* Of what has just been computed, and still is in the cache. */
+static void note_maxima(const linear_run *run, size_t first, size_t last) {
+  const size_t outputs = run->kernel->weights.outputs, num_maxima = count_maxima(outputs);
+  for (size_t row = 0; row < run->rows.count; row++) {
+    for (size_t i = first; i < last; i++) {
+      const size_t column = i * MAXIMUM_SPAN;
+      run->maxima[row * num_maxima + i] =
+          largest_or_nan(run->out + row * outputs + column, smaller(MAXIMUM_SPAN, outputs - column));
+    }
+  }
+}
+
 static void multiply_task(void *data, size_t task) {
   linear_run *run = data;
   const linear_kernel *kernel = run->kernel;
   const size_t num_pieces = linear_num_pieces(&kernel->weights, kernel->gate);
+  const size_t num_parts = (num_pieces + run->together - 1) / run->together;
+  const size_t first = num_parts * task / run->num_tasks, last = num_parts * (task + 1) / run->num_tasks;
   linear_multiply(&kernel->weights, &run->rows, kernel->gate, kernel->bias, run->residual, run->out,
-                  num_pieces * task / run->num_tasks, num_pieces * (task + 1) / run->num_tasks);
+                  first * run->together, smaller(last * run->together, num_pieces));
+  if (run->maxima) note_maxima(run, first, last);
 }
 
 static OrtStatus *compute_rows(linear_run *run, OrtKernelContext *context) {
@@ -78,7 +98,8 @@ static OrtStatus *compute_rows(linear_run *run, OrtKernelContext *context) {
   const size_t num_pieces = linear_num_pieces(w, kernel->gate), bytes = w->outputs * w->inputs * w->bits / 8;
   run->num_tasks = num_rows * w->outputs * w->inputs <= SMALL ? 1 : bytes / TASK_BYTES;
   if (num_rows * w->outputs * w->inputs > SMALL && run->num_tasks < MIN_TASKS) run->num_tasks = MIN_TASKS;
-  run->num_tasks = smaller(run->num_tasks, num_pieces);
+  run->together = run->maxima ? MAXIMUM_SPAN / TILE : 1;
+  run->num_tasks = smaller(run->num_tasks, (num_pieces + run->together - 1) / run->together);
   return run_tasks(kernel->ort, context, multiply_task, run->num_tasks, run);
 }
 
@@ -101,7 +122,9 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   linear_run run = {
       .kernel = kernel, .rows = {.count = (size_t)x.dims[0]}, .width = (size_t)x.dims[1], .x = x.data,
       .residual = residual.data};
-  CHECK(make_output(ort, context, x.dims[0], (int64_t)outputs, &run.out));
+  CHECK(make_output(ort, context, 0, x.dims[0], (int64_t)outputs, &run.out));
+  CHECK(make_output(ort, context, 1, x.dims[0], (int64_t)count_maxima(outputs), &run.maxima));
+  if (run.maxima && kernel->gate) return invalid(ort, "headrace.Linear: with a gate there are no maxima");
   const size_t count = run.rows.count;
   if (!count) return NULL;
   /* One piece of memory: values, then sums, then scales, which are no more than sums. */

@@ -148,4 +148,41 @@ bool top_of_rows(const float *rows, size_t num_rows, size_t size, size_t k, cons
   return enough;
 }
 
+float largest_or_nan(const float *x, size_t count) {
+  __m256 largest = _mm256_set1_ps(-INFINITY), nans = _mm256_setzero_ps();
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 values = _mm256_loadu_ps(x + i);
+    largest = _mm256_max_ps(values, largest);
+    nans = _mm256_or_ps(nans, _mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  }
+  bool has_nan = _mm256_movemask_ps(nans);
+  float lanes[8], result = -INFINITY;
+  _mm256_storeu_ps(lanes, largest);
+  for (size_t lane = 0; lane < 8; lane++) result = lanes[lane] > result ? lanes[lane] : result;
+  for (; i < count; i++) {
+    has_nan |= isnan(x[i]);
+    result = x[i] > result ? x[i] : result;
+  }
+  return has_nan ? NAN : result;
+}
+
+/* The place of the first number of x that is `value`, as one of them is. */
+static size_t find(const float *x, float value) {
+  size_t i = 0;
+  while (isnan(value) ? !isnan(x[i]) : x[i] != value) i++;
+  return i;
+}
+
+void greedy_of_rows(const float *logits, const float *maxima, size_t size, const int64_t *rows, size_t num_rows,
+                    int64_t *ids) {
+  const size_t num_maxima = count_maxima(size);
+  for (size_t i = 0; i < num_rows; i++) {
+    const float *spans = maxima + (size_t)rows[i] * num_maxima;
+    const float largest = largest_or_nan(spans, num_maxima);
+    const size_t first = find(spans, largest) * MAXIMUM_SPAN;
+    ids[i] = (int64_t)(first + find(logits + (size_t)rows[i] * size + first, largest));
+  }
+}
+
 SIMD_END

@@ -11,6 +11,20 @@
 bool top_of_rows(const float *rows, size_t num_rows, size_t size, size_t k, const float *temperatures, float *values,
                  int64_t *ids, double *log_sum_exps);
 
+/* --- the largest of all ------------------------------------------------------------------------------------------- */
+
+#define MAXIMUM_SPAN 128 /* neighbouring numbers of a row, the last ones perhaps fewer, that have a maximum together */
+
+static inline size_t count_maxima(size_t size) { return (size + MAXIMUM_SPAN - 1) / MAXIMUM_SPAN; }
+
+/* The largest of x [count], count from 1, or NaN where there is one. */
+float largest_or_nan(const float *x, size_t count);
+
+/* The places of the largest logits of some rows: ids [num_rows], of equal ones the first; of the first NaN where there is
+ * one. logits [.][size], and maxima [.][count_maxima(size)] by largest_or_nan. */
+void greedy_of_rows(const float *logits, const float *maxima, size_t size, const int64_t *rows, size_t num_rows,
+                    int64_t *ids);
+
 /* --- what drawing needs of it ------------------------------------------------------------------------------------- */
 
 typedef struct {

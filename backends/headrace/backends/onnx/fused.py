@@ -12,7 +12,7 @@ Inputs (T new tokens; R rows of logits; C capacity of a slot, a multiple of 16):
     logits_index    int64 [R]     the tokens whose logits are wanted
     cache           float16 [layers, 2, slots, kv_heads, C, head_size]: keys, then values; written in place
 
-Output: ``logits`` float32 [R, V].
+Outputs: ``logits`` float32 [R, V]; ``maxima`` float32 [R, M], the largest of each 128 logits, the last ones fewer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from headrace.backends.onnx.writer import HEADRACE, GraphBuilder, WeightFile
 
 _GATES = {"silu": 1, "gelu_tanh": 2}
 _TILE = 16
+_MAXIMUM_SPAN = 128
 _MAX_HEAD_SIZE = 256
 
 
@@ -59,7 +60,7 @@ class _FusedDecoder:
             x = self._add(x, gated, f"{i}.down", f"{i}.ffn_post_norm")
         x = graph.node("Gather", [x, "logits_index"], "selected", axis=0)
         head = "embedding" if config.tied_embeddings else "head"
-        self._linear(x, head, [head], norm="final_norm", output="logits")
+        self._linear(x, head, [head], "logits", "maxima", norm="final_norm")
         return graph.model(*self._signature())
 
     def _attention(self, layer: int, qkv: str) -> str:
@@ -112,12 +113,11 @@ class _FusedDecoder:
         x: str,
         name: str,
         parts: list[str],
-        *,
+        *outputs: str,
         norm: str | None = None,
         residual: str = "",
         gate: int = 0,
         gated: Blocks | None = None,
-        output: str | None = None,
     ) -> str:
         blocks = self._blocks(name, parts)
         bias = ""
@@ -130,7 +130,7 @@ class _FusedDecoder:
         return self._graph.node(
             "Linear",
             [x, blocks.values, blocks.scales, blocks.minima, self._weight(norm) if norm else "", bias, residual, *more],
-            output or f"{name}.y",
+            *(outputs or [f"{name}.y"]),
             domain=HEADRACE,
             bits=blocks.bits,
             gate=gate,
@@ -155,4 +155,9 @@ class _FusedDecoder:
             value("logits_index", TensorProto.INT64, ["R"]),
             value("cache", TensorProto.FLOAT16, cache),
         ]
-        return inputs, [value("logits", TensorProto.FLOAT, ["R", config.vocabulary_size])]
+        size = config.vocabulary_size
+        outputs = [
+            value("logits", TensorProto.FLOAT, ["R", size]),
+            value("maxima", TensorProto.FLOAT, ["R", -(-size // _MAXIMUM_SPAN)]),
+        ]
+        return inputs, outputs

@@ -26,9 +26,12 @@ class FusedSession:
     def __init__(self, session: ort.InferenceSession, kv: KvMemory) -> None:
         self._session = session
         self._kv = kv
+        shapes = {output.name: output.shape for output in session.get_outputs()}
+        self._num_maxima: int | None = shapes["maxima"][1] if "maxima" in shapes else None
+        """Of a row; ``None``: the bundle is older than they are."""
         self._decodes: dict[int, _Feeds] = {}
 
-    def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> None:
+    def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.float32] | None:
         if all(len(row.token_ids) == row.num_logits == 1 for row in rows):
             feeds = self._decodes.get(len(rows)) or self._bind_decodes(len(rows))
             feeds.input_ids[:] = [row.token_ids[0] for row in rows]
@@ -36,7 +39,12 @@ class FusedSession:
             feeds.positions[:] = [row.num_cached_tokens for row in rows]
         else:
             feeds = self._bind_chunks(rows)
-        run_bound(self._session, feeds.binding, logits)
+        if self._num_maxima is None:
+            run_bound(self._session, feeds.binding, logits=logits)
+            return None
+        maxima = np.empty((len(logits), self._num_maxima), np.float32)
+        run_bound(self._session, feeds.binding, logits=logits, maxima=maxima)
+        return maxima
 
     def _bind_decodes(self, num_rows: int) -> _Feeds:
         """What a number of decodes is fed. Serving does little else: it is bound once, and written in place."""

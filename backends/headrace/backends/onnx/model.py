@@ -130,8 +130,8 @@ class OnnxModel:
         for row in rows:
             self._kv.touch(row.slot, row.num_cached_tokens + len(row.token_ids))
         logits = self._logits[: sum(row.num_logits for row in rows)]
-        self._session.run(rows, logits)
-        return CompiledLogits(logits) if self._top is None else OnnxLogits(logits, self._top)
+        maxima = self._session.run(rows, logits)
+        return CompiledLogits(logits, maxima) if self._top is None else OnnxLogits(logits, self._top)
 
     def problem(self) -> str | None:
         return None

@@ -19,9 +19,10 @@ from headrace.backends.errors import BackendError
 class Session(Protocol):
     """A loaded graph and the way to feed it. The memory of its keys and values is given to it, and outlives it."""
 
-    def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> None:
+    def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """Computes rows whose cells are ready, and writes the logits of those that want them to ``logits``
-        [wanted, V], in the order of ``rows``. Raises BackendError.
+        [wanted, V], in the order of ``rows``. Returns the largest of each span of them, [wanted, M], where the graph
+        tells (``fused``). Raises BackendError.
         """
 
 
@@ -70,9 +71,10 @@ def open_session(
         ) from error
 
 
-def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, logits: NDArray[np.float32]) -> None:
-    """Runs a graph whose inputs are bound, writing its output to ``logits``. Raises BackendError."""
-    binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, **outputs: NDArray[np.float32]) -> None:
+    """Runs a graph whose inputs are bound, writing the outputs of these names. Raises BackendError."""
+    for name, array in outputs.items():
+        binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception

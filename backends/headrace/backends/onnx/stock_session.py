@@ -61,7 +61,7 @@ class StockSession:
             if (first, num_rows) not in self._bindings:
                 self._bindings[first, num_rows] = self._bind_cache(first, num_rows)
             run = _BoundRun(self._bindings[first, num_rows], _feeds(rows, first, num_rows))
-        run_bound(self._session, run.binding, logits)
+        run_bound(self._session, run.binding, logits=logits)
 
     def _bind_decode(self, first: int, num_rows: int) -> _BoundRun:
         """A run of one token in each of neighbouring slots. Serving does little else: what it is fed is bound once, and

@@ -90,6 +90,32 @@ class CompiledLogits(HostLogits):
     processor. A second thread for half of the rows gains nothing.
     """
 
+    def __init__(self, array: NDArray[np.float32], maxima: NDArray[np.float32] | None = None) -> None:
+        """``maxima`` are those of the spans of ``array``, if the graph gave them (``fused``)."""
+        super().__init__(array)
+        self._maxima = maxima
+        self._shown: set[int] = set()
+        """Rows that may have been changed: their maxima are not to be relied on."""
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        self._shown.add(index)
+        return super().row(index)
+
+    def logit(self, index: int, token_id: int) -> float:
+        """One logit of a row, which is not changed."""
+        return float(self._array[index, token_id])
+
+    def greedy(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        if self._maxima is None:
+            return super().greedy(rows)
+        import headrace_kernels
+
+        places, is_shown = np.asarray(rows, np.int64), np.array([row in self._shown for row in rows], np.bool_)
+        chosen = np.empty(places.size, np.int64)
+        chosen[~is_shown] = headrace_kernels.greedy(self._array, self._maxima, places[~is_shown])
+        chosen[is_shown] = super().greedy(places[is_shown].tolist())
+        return chosen
+
     def top(self, rows: Sequence[int], k: int, temperature: NDArray[np.float32]) -> TopLogits:
         import headrace_kernels
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from headrace.backends.api import DeterminismClass, Model
-from headrace.backends.requests import GenerateRequest
+from headrace.backends.requests import GenerateRequest, ResponseCaching, Scheduling
 from headrace.backends.types import Target
 from headrace.server.accounting.answers import plain
 from headrace.server.engine.engine import DEFAULT_TEMPERATURE
@@ -65,7 +65,7 @@ def key_of(request: GenerateRequest, target: Target, *, tenant: str) -> bytes:
         "model": [card.name, target.model.backend, target.model.determinism.name, card.digest],
         "remote": [card.provider, card.provider_model, card.revision],
         # Of a remote model: what was stored of another version is never found again.
-        "version": getattr(target.model, "reported_version", None),
+        "version": reported_version(target),
         # Beside the input itself: the same may be laid out in another way tomorrow, by a template that tells the date.
         "tokens": prompt and prompt.token_ids,
         "candidates": target.candidates,
@@ -75,12 +75,21 @@ def key_of(request: GenerateRequest, target: Target, *, tenant: str) -> bytes:
     return _digest([_VERSION, identity])
 
 
-def flight_key_of(request: GenerateRequest, targets: tuple[Target, ...], key: bytes) -> bytes:
-    """SHA-256: the same for requests alone that one run can serve, of whose key is ``key``: they go to the same places
-    in the same order, are as urgent, and leave the same behind.
+def reported_version(target: Target) -> str | None:
+    """The version of the model that a provider says it runs, if it has said one."""
+    version: str | None = getattr(target.model, "reported_version", None)
+    return version
+
+
+FlightKey = tuple[bytes, tuple[str, ...], Scheduling, ResponseCaching]
+
+
+def flight_key_of(request: GenerateRequest, targets: tuple[Target, ...], key: bytes) -> FlightKey:
+    """The same for requests alone that one run can serve, of whose key is ``key``: they go to the same places in the
+    same order, are as urgent, and leave the same behind.
     """
-    names = [target.model.card.name for target in targets]
-    return _digest([key.hex(), names, request.scheduling, request.response_caching])
+    names = tuple(target.model.card.name for target in targets)
+    return key, names, request.scheduling, request.response_caching
 
 
 def _effective(request: GenerateRequest) -> dict[str, Any]:

@@ -51,6 +51,9 @@ _STEP_SECONDS_WITH_VOICE = 0.1
 """What a step may take for so long after a request of class VOICE came: the next one must wait for it."""
 _MIN_PREFIX_BLOCK = 16
 """Tokens of a prompt that are shared or not as one, at least; a multiple of what the model can cut."""
+_HELD_SECONDS = 0.15
+"""How long the whole answer of a call of class BATCH may wait for others, while more calls wait for a slot: waking the
+event loop takes the model's processors from it, and once for several answers takes less."""
 _LONGEST_WAIT = 3600.0
 """Seconds the thread waits at most; callers may set limits of ten thousand years, which no queue takes."""
 
@@ -93,6 +96,8 @@ class Runner:
         self._outbox: Outbox = []
         self._num_dequeued = 0
         """Sequences that left the queue, less those that came back, which nobody has been told of."""
+        self._held_until: float | None = None
+        """Until when the outbox may wait; ``None``: there is nothing in it, or something that may not."""
         self._voice_until = -math.inf
         """Until when another request of class VOICE is to be expected."""
         self._closing = False
@@ -179,7 +184,8 @@ class Runner:
                 idle = not step
             except Exception as error:  # noqa: BLE001  # the thread must outlive whatever goes wrong
                 self._fail_all(list(self._scheduler), error)
-            self._flush()
+            if idle or not self._may_wait():
+                self._flush()
 
     def _take_commands(self, *, wait: bool) -> None:
         """Runs what the event loop asked for; when there is nothing to step, waits for it or for the next expiry."""
@@ -205,7 +211,7 @@ class Runner:
             refusal = self._admission.refusal(first, before, num_shared, self._clock())
             if refusal is not None:
                 self._num_dequeued += len(sequences)
-                self._emit(first.stream, refusal)
+                self._emit(first, refusal)
                 return
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -358,7 +364,7 @@ class Runner:
             self._fail_all([sequence], error)
             return
         if scores.is_complete:
-            self._emit(sequence.stream, scores.result(sequence.choice))
+            self._emit(sequence, scores.result(sequence.choice))
             self._remove(sequence)
         elif next_token is not None:
             sequence.tokens.append(next_token)
@@ -426,7 +432,7 @@ class Runner:
 
     def _emit_delta(self, sequence: Sequence) -> None:
         if delta := sequence.take_delta():
-            self._emit(sequence.stream, delta)
+            self._emit(sequence, delta)
 
     def _finish(self, sequence: Sequence, end: End) -> None:
         sequence.unsent_text += end.text
@@ -435,7 +441,7 @@ class Runner:
         if reason is FinishReason.EOS_TOKEN and sequence.has_calls:
             reason = FinishReason.TOOL_CALLS
         finish = ChoiceFinish(sequence.choice, reason, end.stop_sequence, end.stop_token_id, sequence.seed)
-        self._emit(sequence.stream, finish)
+        self._emit(sequence, finish)
         if not sequence.was_preempted:
             self._admission.saw(sequence)
             self.speeds.saw(sequence)
@@ -471,7 +477,7 @@ class Runner:
 
     def _fail(self, sequence: Sequence, error: BaseException, *, retain: bool = True) -> None:
         """Ends a choice, and with it its call, with an error."""
-        self._emit(sequence.stream, error)
+        self._emit(sequence, error)
         self._remove(sequence, retain=retain)
 
     def _fail_all(self, sequences: Iterable[Sequence], error: Exception) -> None:
@@ -483,15 +489,26 @@ class Runner:
             except Exception as second:  # noqa: BLE001  # a model that cannot even release a slot
                 self._log.error("release_failed", exc_info=second)
 
-    def _emit(self, stream: EventStream, event: Event | BaseException) -> None:
-        stream.count_written()
-        self._outbox.append((stream, event))
+    def _emit(self, sequence: Sequence, event: Event | BaseException) -> None:
+        call = sequence.call
+        if call.is_streamed or call.request.scheduling.latency_class is not LatencyClass.BATCH:
+            self._held_until = None
+        elif not self._outbox:
+            self._held_until = self._clock() + _HELD_SECONDS
+        sequence.stream.count_written()
+        self._outbox.append((sequence.stream, event))
+
+    def _may_wait(self) -> bool:
+        """Whether what is in the outbox is for nobody who is in a hurry, and the slots are full without it."""
+        if self._held_until is None or 4 * self._scheduler.num_waiting < self._model.num_slots:
+            return False
+        return self._clock() < self._held_until
 
     def _flush(self) -> None:
-        """Hands out the step's events, in one go."""
+        """Hands out what there is, in one go."""
         if self._outbox or self._num_dequeued:
             self._deliver(self._num_dequeued, self._outbox)
-            self._outbox, self._num_dequeued = [], 0
+            self._outbox, self._num_dequeued, self._held_until = [], 0, None
 
     def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
         token_bytes = self._model.tokenizer.token_bytes

@@ -65,7 +65,8 @@ class SamplingState:
         self.num_logprobs = num_logprobs
         self.forced: deque[int] = deque()
         """Tokens that come next whatever the logits say."""
-        self._random = np.random.Generator(np.random.Philox(key=np.array([seed, choice], np.uint64)))
+        self._seed = (seed, choice)
+        self._random: np.random.Generator | None = None
         self._bias_ids = np.fromiter(sampling.logit_bias.keys(), np.int64, len(sampling.logit_bias))
         self._bias = np.fromiter(sampling.logit_bias.values(), np.float32, len(sampling.logit_bias))
         self._penalties = _Penalties(sampling, prompt_ids) if _Penalties.wanted(sampling) else None
@@ -94,6 +95,8 @@ class SamplingState:
 
     def draw(self) -> float:
         """The next number of the choice's stream, in [0, 1)."""
+        if self._random is None:  # made late: a greedy choice needs none
+            self._random = np.random.Generator(np.random.Philox(key=np.array(self._seed, np.uint64)))
         return self._random.random()
 
     def accept(self, token_id: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from headrace.backends.errors import BackendUnavailable, UnsupportedOption
 from headrace.backends.events import StreamEnd
 from headrace.backends.merging import merged
+from headrace.backends.requests import GenerateRequest
 from headrace.backends.types import Call, Events, Handler, Target
 from headrace.backends.usage import CacheStatus, Cost, Usage
 from headrace.server.accounting.accounting import Accounting
@@ -21,7 +22,7 @@ from headrace.server.accounting.charges import charge_nanos
 from headrace.server.accounting.hits import Hit
 from headrace.server.accounting.prices import Priced
 from headrace.server.caching.entries import StoredAnswer, is_whole
-from headrace.server.caching.keys import flight_key_of, is_deterministic, key_of
+from headrace.server.caching.keys import FlightKey, flight_key_of, is_deterministic, key_of, reported_version
 from headrace.server.caching.store import Store
 from headrace.server.middleware.broadcast import Broadcast, Reader
 
@@ -46,13 +47,31 @@ CACHE_OPTIONS = frozenset(
 """That need a cache; ``cache.response`` alone can be honoured without."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a stored answer was looked for by."""
+
+    request: GenerateRequest
+    target: Target
+    version: str | None
+    """Of the target's model, as it reported it then."""
+    key: bytes
+
+    async def key_of(self, call: Call, target: Target) -> bytes:
+        """The key of ``call`` at ``target``. It is made anew only where it can be another one: it takes long."""
+        if call.request is self.request and target is self.target and reported_version(target) == self.version:
+            return self.key
+        return await _key(call, target)
+
+
 @dataclass(eq=False, slots=True)
 class _Flight:
     """A call that runs, and those that read it."""
 
     call: Call
     """Its own copy of the call that began it, with the same meter: others may wait longer than that one."""
-    key: bytes | None
+    question: _Question
+    key: FlightKey | None
     """Under which others join it; ``None``: nobody may."""
     broadcast: Broadcast = field(default_factory=Broadcast)
     began: bool = False
@@ -74,7 +93,7 @@ class ResponseCache:
         self._max_bytes = max_bytes
         self._seconds = seconds
         self._hit_price = hit_price
-        self._flights: dict[bytes, _Flight] = {}
+        self._flights: dict[FlightKey, _Flight] = {}
         self._size = 0
 
     @property
@@ -106,7 +125,8 @@ class ResponseCache:
 
     async def _answer(self, call: Call, inner: Handler) -> Events:
         target = call.targets[0]
-        key = await _key(call, target)
+        version, key = reported_version(target), await _key(call, target)
+        question = _Question(call.request, target, version, key)
         if (answer := await self._look_up(call, key)) is not None:
             call.meter.cache = CacheStatus.HIT
             call.enter(target)
@@ -119,7 +139,7 @@ class ResponseCache:
         flight_key = flight_key_of(call.request, call.targets, key) if _may_be_shared(call) else None
         for tries in range(MAX_TRIES):
             call.enter(target)  # what it has joined in vain has been elsewhere, perhaps
-            flight, is_first = self._join(call, flight_key, inner)
+            flight, is_first = self._join(call, question, flight_key, inner)
             call.meter.cache = CacheStatus.MISS if is_first else CacheStatus.HIT
             try:
                 async with aclosing(self._read(call, flight, is_first=is_first)) as events:
@@ -141,13 +161,15 @@ class ResponseCache:
 
     # --- sharing what runs -----------------------------------------------------------------------------------------
 
-    def _join(self, call: Call, flight_key: bytes | None, inner: Handler) -> tuple[_Flight, bool]:
+    def _join(
+        self, call: Call, question: _Question, flight_key: FlightKey | None, inner: Handler
+    ) -> tuple[_Flight, bool]:
         """An equal call that runs; or else this one, begun, and True."""
         flight = None if flight_key is None else self._flights.get(flight_key)
         if flight is not None and flight.broadcast.kept:
             return flight, False
         # Beside one that is too large to be joined, it runs for itself.
-        return self._begin(call, None if flight is not None else flight_key, inner), True
+        return self._begin(call, question, None if flight is not None else flight_key, inner), True
 
     async def _read(self, call: Call, flight: _Flight, *, is_first: bool) -> Events:
         reader, run = Reader(), flight.call
@@ -182,8 +204,8 @@ class ResponseCache:
             await asyncio.wait({flight.task})
         self._size -= flight.broadcast.drop()
 
-    def _begin(self, call: Call, flight_key: bytes | None, inner: Handler) -> _Flight:
-        flight = _Flight(replace(call), flight_key)
+    def _begin(self, call: Call, question: _Question, flight_key: FlightKey | None, inner: Handler) -> _Flight:
+        flight = _Flight(replace(call), question, flight_key)
         if flight_key is not None:
             self._flights[flight_key] = flight
         flight.task = asyncio.create_task(self._run(flight, inner))
@@ -242,7 +264,7 @@ class ResponseCache:
         )
         seconds = self._seconds if caching.ttl is None else min(caching.ttl, self._seconds)
         # Not the key it was looked up by: it may have gone elsewhere, or the provider tell of another version.
-        await self._store.put(await _key(call, target), answer, seconds=seconds)
+        await self._store.put(await flight.question.key_of(call, target), answer, seconds=seconds)
 
     # --- hits ------------------------------------------------------------------------------------------------------
 

@@ -140,7 +140,13 @@ def _is_quick(source: Input, model: Model) -> bool:
     """Whether making the prompt takes less than handing that to another thread."""
     if model.tokenizer is None:
         return True
-    return isinstance(source, TextInput) and len(source.text) <= getattr(model.tokenizer, "quick_characters", 0)
+    most: int = getattr(model.tokenizer, "quick_characters", 0)
+    match source:
+        case TextInput(text):
+            return len(text) <= most
+        case TokenIdsInput(ids):
+            return len(ids) <= most
+    return False
 
 
 def make_prompt(source: Input, model: Model) -> Prompt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,16 @@ from headrace.backends.errors import Draining, InvalidArgument, Overloaded, Queu
 from headrace.backends.requests import LatencyClass
 from headrace.backends.types import Call
 from headrace.server.rpc.answer import usage_message
-from headrace.server.rpc.calls import NO_REQUEST, Calls, Rpc, convert, parse, run_in_front, tokens_for_log
+from headrace.server.rpc.calls import (
+    NO_REQUEST,
+    Calls,
+    Rpc,
+    convert,
+    new_request_id,
+    parse,
+    run_in_front,
+    tokens_for_log,
+)
 from headrace.server.rpc.convert import request_id_of, to_request
 from headrace.server.rpc.generation import SPEC_PREFIX, Generation, refuse_stream_options
 from headrace.server.rpc.options import unknown_fields
@@ -117,7 +125,7 @@ class _Stream:
     async def _answer(self, raw: bytes) -> pb.GenerateBatchResponse:
         """Runs one item; its errors end in its answer."""
         index, field_prefix, code = 0, "", grpc.StatusCode.OK
-        call = self.rpc.make_call(NO_REQUEST, request_id=uuid.uuid4().hex, arrived=self.batch.generation.clock())
+        call = self.rpc.make_call(NO_REQUEST, request_id=new_request_id(), arrived=self.batch.generation.clock())
         # This task has a context of its own.
         bind_contextvars(request_id=call.request_id, batch_request_id=self.rpc.request_id)
         try:

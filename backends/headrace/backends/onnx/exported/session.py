@@ -83,7 +83,7 @@ class ExportedSession:
             for part, name in enumerate(("key", "value")):
                 _bind(binding.bind_input, f"past_key_values.{layer}.{name}", past[layer, part])
                 _bind(binding.bind_output, f"present.{layer}.{name}", present[layer, part])
-        run_bound(self._session, binding, logits)
+        run_bound(self._session, binding, logits=logits)
         for b, row in enumerate(rows):
             end = row.num_cached_tokens + counts[b]
             new = present[:, :, b, :, past_width : past_width + counts[b]]
