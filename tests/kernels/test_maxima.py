@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,12 +90,35 @@ def test_a_row_that_was_edited_is_searched_anew() -> None:
     assert logits.greedy([2, 0, 1]).tolist() == [700, int(array[0].argmax()), int(array[1].argmax())]
 
 
-@pytest.mark.parametrize(
-    ("maxima", "rows", "problem"),
-    [((2, 2), [0], r"maxima must be \[2, 3\]"), ((2, 3), [2], "0 to 1"), ((2, 3), [-1], "0 to 1")],
-)
-def test_what_does_not_fit_is_refused(maxima: tuple[int, int], rows: list[int], problem: str) -> None:
-    from headrace_kernels import greedy
+@given(array=arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 400)), elements=NUMBERS))
+def test_they_are_found_for_the_rows_that_are_stale(array: NDArray[np.float32]) -> None:
+    from headrace_kernels import KnownRows, greedy
 
+    found, is_stale = np.zeros_like(maxima_of(array)), np.arange(len(array)) > 0
+    greedy(KnownRows(array, found, is_stale), np.arange(len(array))[1:])
+    np.testing.assert_array_equal(found[1:], maxima_of(array)[1:])
+    assert (found[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("logits", np.zeros((2, 300)), "logits must be float32"),
+        ("logits", np.zeros((2, 600), np.float32)[:, ::2], "contiguous"),
+        ("logits", np.zeros((2, 0), np.float32), "V from 1"),
+        ("maxima", np.zeros((2, 2), np.float32), r"maxima must be \(2, 3\)"),
+        ("is_stale", np.zeros(3, np.bool_), r"is_stale must be bool, \[2\]"),
+        ("is_stale", np.zeros(2), "is_stale must be bool"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, value: Any, problem: str) -> None:
+    from headrace_kernels import KnownRows
+
+    good = {
+        "logits": np.zeros((2, 300), np.float32),
+        "maxima": np.zeros((2, 3), np.float32),
+        "is_stale": np.zeros(2, np.bool_),
+    }
+    assert KnownRows(**good).size == 300
     with pytest.raises(ValueError, match=problem):
-        greedy(np.zeros((2, 300), np.float32), np.zeros(maxima, np.float32), np.array(rows, np.int64))
+        KnownRows(**{**good, name: value})

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.kernels.operators import needs_operators
+from tests.kernels.operators import needs_operators, unknown
 
 pytestmark = needs_operators
 
 GOOD: dict[str, Any] = {
-    "logits": np.zeros((2, 5), np.float32),
     "rows": np.array([1, 0]),
     "temperature": np.ones(2),
     "top_k": np.full(2, 5),
@@ -28,7 +27,7 @@ GOOD: dict[str, Any] = {
         ("rows", np.array([0, 2]), "0 to 1"),
         ("rows", np.array([-1, 0]), "0 to 1"),
         ("rows", np.array([[0], [1]]), "shaped as rows"),
-        ("logits", np.zeros((2, 0), np.float32), "V from 1"),
+        ("rows", np.array([0.0, 1.0]), "rows must be int64"),
         ("temperature", np.ones(3), "temperature must be shaped as rows"),
         ("number", np.zeros(1), "number must be shaped as rows"),
         ("temperature", np.array([1, 1e-10]), "temperature must be 1e-9"),
@@ -47,13 +46,13 @@ GOOD: dict[str, Any] = {
 def test_what_cannot_be_is_refused(name: str, value: Any, message: str) -> None:
     from headrace_kernels import draw
 
-    assert draw(**GOOD).tolist() == [0, 0]
+    assert draw(unknown(np.zeros((2, 5), np.float32)), **GOOD).tolist() == [0, 0]
     with pytest.raises(ValueError, match=message):
-        draw(**{**GOOD, name: value})
+        draw(unknown(np.zeros((2, 5), np.float32)), **{**GOOD, name: value})
 
 
 def test_no_rows_give_no_tokens() -> None:
     from headrace_kernels import draw
 
-    nothing = {name: value[:0] for name, value in GOOD.items() if name != "logits"}
-    assert draw(logits=GOOD["logits"], **nothing).tolist() == []
+    nothing = {name: value[:0] for name, value in GOOD.items()}
+    assert draw(unknown(np.zeros((2, 5), np.float32)), **nothing).tolist() == []

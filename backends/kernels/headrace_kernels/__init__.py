@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,45 +47,78 @@ def _found() -> tuple[Path, str] | None:
     return (Path(spec.origin), name.decode()) if name is not None else None
 
 
-def top(
-    rows: NDArray[np.float32], k: int, temperatures: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-    """The ``k`` largest of each of ``rows`` [R, V], 1 <= k <= V: values [R, k], largest first, and their places [R, k],
-    equal ones by place; and log(sum(exp(row / temperature))) [R]. Where ``library`` is None it must not be called.
+MAXIMUM_SPAN = 128
+"""Neighbouring logits of which the largest is known."""
+
+
+class KnownRows:
+    """Rows of ``logits`` [N, V] and the largest of each span of them, or NaN where there is one: ``maxima``
+    [N, V / MAXIMUM_SPAN, rounded up], which Linear gives with a product, if it is asked to. Of those rows whose
+    ``is_stale`` [N] is true they are found anew, and written, each time. Raises ValueError for arrays that do not fit.
+
+    Where ``library`` is None the functions below must not be called.
     """
-    rows = np.ascontiguousarray(rows, np.float32)
+
+    def __init__(self, logits: NDArray[np.float32], maxima: NDArray[np.float32], is_stale: NDArray[np.bool_]) -> None:
+        for name, array in {"logits": logits, "maxima": maxima}.items():
+            if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
+                raise ValueError(f"{name} must be float32, with two dimensions, and contiguous")
+        self.num_rows, self.size = logits.shape
+        if not 1 <= self.size < 2**31:
+            raise ValueError("logits must be [N, V], V from 1 to 2^31 - 1")
+        wanted = (self.num_rows, -(-self.size // MAXIMUM_SPAN))
+        if maxima.shape != wanted:
+            raise ValueError(f"maxima must be {wanted}, not {maxima.shape}")
+        if is_stale.dtype != np.bool_ or is_stale.shape != wanted[:1] or not is_stale.flags.c_contiguous:
+            raise ValueError(f"is_stale must be bool, [{self.num_rows}]")
+        self._arrays = logits, maxima, is_stale
+
+    def of(self, rows: NDArray[np.int64]) -> _KnownRows:
+        """``rows`` [R], contiguous, as the library takes them; it must outlive what is returned."""
+        if rows.dtype != np.int64 or rows.ndim != 1 or not rows.flags.c_contiguous:
+            raise ValueError("rows must be int64, [R], and contiguous")
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_rows:
+            raise ValueError(f"each of rows must be 0 to {self.num_rows - 1}")
+        return _KnownRows(*(array.ctypes.data for array in self._arrays), self.size, rows.ctypes.data, rows.size)
+
+
+class _KnownRows(ctypes.Structure):
+    """``known_rows`` in src/top.h."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("maxima", ctypes.c_void_p),
+        ("is_stale", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("places", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+    )
+
+
+def greedy(known: KnownRows, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places of the largest of ``rows`` [R], of equal ones the first, or of the first NaN: as ``numpy.argmax`` has
+    them.
+    """
+    ids = np.empty(rows.size, np.int64)
+    _function("headrace_greedy")(known.of(rows), ids.ctypes.data)
+    return ids
+
+
+def top(
+    known: KnownRows, rows: NDArray[np.int64], k: int, temperatures: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
+    """The ``k`` largest of each of ``rows`` [R], 1 <= k <= V: values [R, k], largest first, and their places [R, k],
+    equal ones by place; and log(sum(exp(row / temperature))) [R].
+    """
     temperatures = np.ascontiguousarray(temperatures, np.float32)
-    num_rows, size = rows.shape
-    if not 1 <= k <= size or temperatures.shape != (num_rows,):
-        raise ValueError(f"k must be 1 to {size}, and temperatures [{num_rows}]")
-    values, ids = np.empty((num_rows, k), np.float32), np.empty((num_rows, k), np.int64)
-    log_sum_exps = np.empty(num_rows, np.float64)
-    arrays = (rows, temperatures, values, ids, log_sum_exps)
-    pointers = [array.ctypes.data for array in arrays]
-    if not _top()(pointers[0], num_rows, size, k, *pointers[1:]):
+    if not 1 <= k <= known.size or temperatures.shape != rows.shape:
+        raise ValueError(f"k must be 1 to {known.size}, and temperatures {rows.shape}")
+    values, ids = np.empty((rows.size, k), np.float32), np.empty((rows.size, k), np.int64)
+    log_sum_exps = np.empty(rows.size, np.float64)
+    pointers = [array.ctypes.data for array in (temperatures, values, ids, log_sum_exps)]
+    if not _function("headrace_top")(known.of(rows), k, *pointers):
         raise MemoryError
     return values, ids, log_sum_exps
-
-
-MAXIMUM_SPAN = 128
-"""Neighbouring logits of which the operator Linear, if it is asked to, gives the maximum."""
-
-
-def greedy(logits: NDArray[np.float32], maxima: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The places of the largest of ``rows`` [R] of ``logits`` [N, V], of equal ones the first, or of the first NaN: as
-    ``numpy.argmax`` has them, from ``maxima`` [N, V / MAXIMUM_SPAN, rounded up], which Linear gave with these logits.
-    Where ``library`` is None it must not be called.
-    """
-    logits, maxima = np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(maxima, np.float32)
-    rows = np.ascontiguousarray(rows, np.int64)
-    num_rows, size = logits.shape
-    if maxima.shape != (num_rows, -(-size // MAXIMUM_SPAN)):
-        raise ValueError(f"maxima must be [{num_rows}, {-(-size // MAXIMUM_SPAN)}], not {maxima.shape}")
-    if rows.ndim != 1 or not ((rows >= 0) & (rows < num_rows)).all():
-        raise ValueError(f"rows must be [R], and each of them 0 to {num_rows - 1}")
-    ids = np.empty(rows.size, np.int64)
-    _greedy()(logits.ctypes.data, maxima.ctypes.data, size, rows.ctypes.data, rows.size, ids.ctypes.data)
-    return ids
 
 
 _DRAW = np.dtype([("temperature", "f8"), ("top_p", "f8"), ("min_p", "f8"), ("number", "f8"), ("top_k", "i8")])
@@ -92,7 +126,7 @@ _DRAW = np.dtype([("temperature", "f8"), ("top_p", "f8"), ("min_p", "f8"), ("num
 
 
 def draw(
-    logits: NDArray[np.float32],
+    known: KnownRows,
     rows: NDArray[np.int64],
     *,
     temperature: NDArray[np.float64],
@@ -101,7 +135,7 @@ def draw(
     min_p: NDArray[np.float64],
     number: NDArray[np.float64],
 ) -> NDArray[np.int64]:
-    """A token [R] from each of ``rows`` [R] of ``logits`` [N, V], by options [R]:
+    """A token [R] from each of ``rows`` [R], by options [R]:
 
     - ``temperature``, 1e-9 or more: the weight of a logit is exp(logit / temperature);
     - ``top_k``, 1 or more: so many of the largest are kept, equal ones by place;
@@ -109,22 +143,14 @@ def draw(
     - ``min_p``, 0 to 1: of these what has this share of the largest weight, or more;
     - ``number``, 0 to below 1: drawn is the first of these, by place, at which their running sum exceeds this share.
 
-    Of a row with a NaN its place is drawn, of one whose largest logit is infinite the place of that. Where ``library``
-    is None it must not be called.
+    Of a row with a NaN its place is drawn, of one whose largest logit is infinite the place of that.
     """
-    logits = np.ascontiguousarray(logits, np.float32)
-    rows = np.ascontiguousarray(rows, np.int64)
-    num_rows, size = logits.shape
     options = np.empty(rows.shape, _DRAW)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "number": number}
     for name, values in given.items():
         if values.shape != rows.shape:
             raise ValueError(f"{name} must be shaped as rows, {rows.shape}")
         options[name] = values
-    if rows.ndim != 1 or not ((rows >= 0) & (rows < num_rows)).all():
-        raise ValueError(f"rows must be [R], and each of them 0 to {num_rows - 1}")
-    if not 1 <= size < 2**31:
-        raise ValueError("logits must be [N, V], V from 1 to 2^31 - 1")
     for name, valid in {
         "temperature must be 1e-9 or more, and finite": (temperature >= 1e-9) & (temperature < np.inf),
         "top_k must be 1 or more": top_k >= 1,
@@ -135,34 +161,23 @@ def draw(
         if not valid.all():
             raise ValueError(name)
     ids = np.empty(rows.size, np.int64)
-    if not _draw()(logits.ctypes.data, size, rows.ctypes.data, rows.size, options.ctypes.data, ids.ctypes.data):
+    if not _function("headrace_draw")(known.of(rows), options.ctypes.data, ids.ctypes.data):
         raise MemoryError
     return ids
 
 
-@functools.cache
-def _greedy() -> Callable[..., None]:
-    function = ctypes.CDLL(str(library())).headrace_greedy
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    function.argtypes = [pointer, pointer, size, pointer, size, pointer]
-    function.restype = None
-    return function
+_POINTER, _KNOWN = ctypes.c_void_p, ctypes.POINTER(_KnownRows)
+_SIGNATURES = {
+    "headrace_greedy": (None, (_KNOWN, _POINTER)),
+    "headrace_top": (ctypes.c_bool, (_KNOWN, ctypes.c_size_t, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "headrace_draw": (ctypes.c_bool, (_KNOWN, _POINTER, _POINTER)),
+}
+"""Of the functions of the library: what they give and take."""
 
 
 @functools.cache
-def _draw() -> Callable[..., bool]:
-    function = ctypes.CDLL(str(library())).headrace_draw
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    function.argtypes = [pointer, size, pointer, size, pointer, pointer]
-    function.restype = ctypes.c_bool
-    return function
-
-
-@functools.cache
-def _top() -> Callable[..., int]:
-    function = ctypes.CDLL(str(library())).headrace_top
-    function.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t),
-        *([ctypes.c_void_p] * 4),
-    ]
-    return function
+def _function(name: str) -> Callable[..., Any]:
+    function = getattr(ctypes.CDLL(str(library())), name)
+    function.restype, function.argtypes = _SIGNATURES[name]
+    found: Callable[..., Any] = function
+    return found

@@ -113,14 +113,13 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
 /* The instructions that the operators are computed with here; NULL if this processor has not what they need. */
 __attribute__((visibility("default"))) const char *headrace_kernels_isa(void) { return processor_name(processor_best()); }
 
-/* top_of_rows and greedy_of_rows, for callers that load the library by name. */
-__attribute__((visibility("default"))) int headrace_top(const float *rows, size_t num_rows, size_t size, size_t k,
-                                                         const float *temperatures, float *values, int64_t *ids,
-                                                         double *log_sum_exps) {
-  return top_of_rows(rows, num_rows, size, k, temperatures, values, ids, log_sum_exps);
+/* What top.h has, for callers that load the library by name. */
+
+__attribute__((visibility("default"))) void headrace_greedy(const known_rows *rows, int64_t *ids) {
+  greedy_of_rows(rows, ids);
 }
 
-__attribute__((visibility("default"))) void headrace_greedy(const float *logits, const float *maxima, size_t size,
-                                                             const int64_t *rows, size_t num_rows, int64_t *ids) {
-  greedy_of_rows(logits, maxima, size, rows, num_rows, ids);
+__attribute__((visibility("default"))) bool headrace_top(const known_rows *rows, size_t k, const float *temperatures,
+                                                          float *values, int64_t *ids, double *log_sum_exps) {
+  return top_of_rows(rows, k, temperatures, values, ids, log_sum_exps);
 }

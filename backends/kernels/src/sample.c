@@ -4,8 +4,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "top.h"
-
 #include "simd.h"
 
 #define BLOCK 512        /* weights that are summed before any is looked at */
@@ -31,23 +29,6 @@ INLINE __m256 load_part(const float *p, size_t left) {
   float part[8] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY};
   memcpy(part, p, left * sizeof *p);
   return _mm256_loadu_ps(part);
-}
-
-/* The largest number of a row; NaN if it has one. */
-static float largest_of(const float *row, size_t size) {
-  __m256 largest[4], strange = _mm256_setzero_ps();
-  for (int j = 0; j < 4; j++) largest[j] = _mm256_set1_ps(-INFINITY);
-  for (size_t i = 0; i < size; i += 32) {
-    __m256 x[4];
-    for (size_t j = 0; j < 4; j++) {
-      x[j] = i + 8 * j < size ? load_part(row + i + 8 * j, size - i - 8 * j) : largest[j];
-      largest[j] = _mm256_max_ps(largest[j], x[j]);
-    }
-    strange = _mm256_or_ps(strange, _mm256_cmp_ps(x[0], x[1], _CMP_UNORD_Q));
-    strange = _mm256_or_ps(strange, _mm256_cmp_ps(x[2], x[3], _CMP_UNORD_Q));
-  }
-  if (_mm256_movemask_ps(strange)) return NAN;
-  return max8(_mm256_max_ps(_mm256_max_ps(largest[0], largest[1]), _mm256_max_ps(largest[2], largest[3])));
 }
 
 /* Where a row without a distribution has its NaN, or its infinity. */
@@ -123,11 +104,15 @@ static size_t pick(const float *values, size_t count, const scale *s, const doub
   return start + picked;
 }
 
-/* Takes what is not below `least` into the pool. */
-static void collect(const float *row, size_t size, float least, pool *p) {
+/* Takes what is not below `least` into the pool. A span whose maximum is need not be looked at. */
+static void collect(const float *row, const float *maxima, size_t size, float least, pool *p) {
   const __m256 limit = _mm256_set1_ps(least);
   size_t count = 0;
   for (size_t i = 0; i < size; i += 8) {
+    if (i % MAXIMUM_SPAN == 0 && maxima[i / MAXIMUM_SPAN] < least) {
+      i += MAXIMUM_SPAN - 8;
+      continue;
+    }
     const __m256 x = load_part(row + i, size - i);
     const unsigned hits = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ));
     const __m256i packing = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)p->packings[hits]));
@@ -226,8 +211,9 @@ static double least_of_top_p(const draw_options *o, size_t size, float largest, 
   return (double)largest - o->temperature * (distance + 1e-3 * (1 + distance)); /* weights are rounded */
 }
 
-static int64_t draw_from_row(const float *row, size_t size, const draw_options *o, const float *next, pool *p) {
-  scale s = {.largest = largest_of(row, size), .temperature = o->temperature};
+static int64_t draw_from_row(const float *row, const float *maxima, size_t size, const draw_options *o,
+                             const float *next, pool *p) {
+  scale s = {.largest = largest_or_nan(maxima, count_maxima(size)), .temperature = o->temperature};
   if (!isfinite(s.largest)) return place_of(row, size, s.largest);
   const size_t top_k = (uint64_t)o->top_k < size ? (size_t)o->top_k : size;
   double bound = (double)s.largest - FAR * o->temperature, mass = INFINITY;
@@ -236,11 +222,11 @@ static int64_t draw_from_row(const float *row, size_t size, const draw_options *
     mass = sum_blocks(row, size, &s, next, p->sums);
     if (o->top_p >= 1) return (int64_t)pick(row, size, &s, p->sums, o->number * mass);
     bound = fmax(bound, least_of_top_p(o, size, s.largest, mass));
-  } else if (parts_for(top_k) <= MOST_PARTS && parts_for(top_k) < size) {
-    bound = fmax(bound, (double)threshold(row, size, top_k, p->weights, parts_for(top_k)));
+  } else if (threshold_room(size, top_k) <= MOST_PARTS && threshold_room(size, top_k) < size) {
+    bound = fmax(bound, (double)threshold(row, maxima, size, top_k, p->weights));
   }
   const float least = (float)fmax(bound, -FLT_MAX);
-  collect(row, size, least, p);
+  collect(row, maxima, size, least, p);
   weigh(p->values, p->count, &s, p->weights);
   cut end = {-INFINITY, INT32_MAX};
   if (top_k < size) mass = find_cut(p, top_k, INFINITY, least, s.largest, &end);
@@ -262,8 +248,8 @@ static void fill_packings(uint64_t *packings) {
   }
 }
 
-bool headrace_draw(const float *logits, size_t size, const int64_t *places, size_t count, const draw_options *options,
-                   int64_t *ids) {
+bool headrace_draw(const known_rows *rows, const draw_options *options, int64_t *ids) {
+  const size_t size = rows->size;
   pool p;
   p.values = malloc((size + PADDING) * sizeof *p.values);
   p.weights = malloc((size + PADDING) * sizeof *p.weights);
@@ -272,9 +258,9 @@ bool headrace_draw(const float *logits, size_t size, const int64_t *places, size
   p.sums = malloc((size / BLOCK + 1) * sizeof *p.sums);
   const bool enough = p.values && p.weights && p.places && p.few && p.sums;
   fill_packings(p.packings);
-  for (size_t i = 0; enough && i < count; i++) {
-    const float *next = i + 1 < count ? logits + (size_t)places[i + 1] * size : NULL;
-    ids[i] = draw_from_row(logits + (size_t)places[i] * size, size, options + i, next, &p);
+  for (size_t i = 0; enough && i < rows->count; i++) {
+    const float *next = i + 1 < rows->count ? logits_of(rows, i + 1) : NULL;
+    ids[i] = draw_from_row(logits_of(rows, i), maxima_of(rows, i), size, options + i, next, &p);
   }
   free(p.values);
   free(p.weights);

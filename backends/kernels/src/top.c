@@ -56,23 +56,34 @@ INLINE __m256 load_ordered(const float *p) {
 
 static float ordered(float x) { return isnan(x) ? -INFINITY : x; }
 
-size_t parts_for(size_t k) {
+/* Parts of a row whose maxima tell its k-th largest well enough. */
+static size_t parts_for(size_t k) {
   size_t num_parts = 512;
   while (num_parts < 4 * k) num_parts *= 2;
   return num_parts;
 }
 
-/* The k-th largest of the parts' maxima. Part i is every element whose place, modulo num_parts, is i. */
-float threshold(const float *row, size_t size, size_t k, float *maxima, size_t num_parts) {
-  for (size_t i = 0; i < num_parts; i++) maxima[i] = -INFINITY;
+static bool spans_do(size_t size, size_t k) { return 2 * k <= count_maxima(size); }
+
+size_t threshold_room(size_t size, size_t k) { return spans_do(size, k) ? count_maxima(size) : parts_for(k); }
+
+/* The k-th largest of the maxima, of spans if there are enough. Or else of parts: i is every element whose place, modulo
+ * their number, is i. */
+float threshold(const float *row, const float *maxima, size_t size, size_t k, float *spare) {
+  const size_t room = threshold_room(size, k);
+  if (spans_do(size, k)) {
+    memcpy(spare, maxima, room * sizeof *spare);
+    return kth_largest(spare, room, k);
+  }
+  for (size_t i = 0; i < room; i++) spare[i] = -INFINITY;
   size_t start = 0;
-  for (; start + num_parts <= size; start += num_parts) {
-    for (size_t i = 0; i < num_parts; i += 8) {
-      _mm256_storeu_ps(maxima + i, _mm256_max_ps(_mm256_loadu_ps(maxima + i), load_ordered(row + start + i)));
+  for (; start + room <= size; start += room) {
+    for (size_t i = 0; i < room; i += 8) {
+      _mm256_storeu_ps(spare + i, _mm256_max_ps(_mm256_loadu_ps(spare + i), _mm256_loadu_ps(row + start + i)));
     }
   }
-  for (size_t i = 0; start + i < size; i++) maxima[i] = fmaxf(maxima[i], ordered(row[start + i]));
-  return kth_largest(maxima, num_parts, k);
+  for (size_t i = 0; start + i < size; i++) spare[i] = fmaxf(spare[i], row[start + i]);
+  return kth_largest(spare, room, k);
 }
 
 typedef struct {
@@ -117,11 +128,16 @@ static float largest_of(const float *x, size_t count) {
   return largest;
 }
 
-static void top_of_row(const float *row, size_t size, size_t k, float temperature, float *maxima, size_t num_parts,
-                       candidate *found, const float *next, float *values, int64_t *ids, double *log_sum_exp) {
-  const bool few = num_parts >= size; /* numbers: all are candidates */
-  const float least = few ? -INFINITY : threshold(row, size, k, maxima, num_parts);
-  const float largest = few ? largest_of(row, size) : largest_of(maxima, num_parts);
+/* `next` is a row that comes next, if there is one; `spare` and `found` are what threshold and sorting need. */
+static void top_of_row(const float *row, const float *maxima, size_t size, size_t k, float temperature,
+                       const float *next, float *spare, candidate *found, float *values, int64_t *ids,
+                       double *log_sum_exp) {
+  float largest = largest_or_nan(maxima, count_maxima(size)), least = -INFINITY;
+  if (isnan(largest)) {
+    largest = largest_of(row, size); /* and all are candidates */
+  } else if (threshold_room(size, k) < size) {
+    least = threshold(row, maxima, size, k, spare);
+  }
   second_pass pass = {.found = found};
   collect_and_sum(row, size, least, largest, temperature, next, &pass);
   sort_candidates(found, found + pass.count, pass.count);
@@ -132,39 +148,55 @@ static void top_of_row(const float *row, size_t size, size_t k, float temperatur
   *log_sum_exp = (double)largest / (double)temperature + log(pass.sum);
 }
 
-bool top_of_rows(const float *rows, size_t num_rows, size_t size, size_t k, const float *temperatures, float *values,
-                 int64_t *ids, double *log_sum_exps) {
-  const size_t num_parts = parts_for(k);
-  float *maxima = malloc(num_parts * sizeof *maxima);
-  candidate *found = malloc(2 * size * sizeof *found);
-  const bool enough = maxima && found;
-  for (size_t i = 0; enough && i < num_rows; i++) {
-    const float *next = i + 1 < num_rows ? rows + (i + 1) * size : NULL;
-    top_of_row(rows + i * size, size, k, temperatures[i], maxima, num_parts, found, next, values + i * k, ids + i * k,
-               log_sum_exps + i);
+bool top_of_rows(const known_rows *rows, size_t k, const float *temperatures, float *values, int64_t *ids,
+                 double *log_sum_exps) {
+  float *spare = malloc(threshold_room(rows->size, k) * sizeof *spare);
+  candidate *found = malloc(2 * rows->size * sizeof *found);
+  const bool enough = spare && found;
+  for (size_t i = 0; enough && i < rows->count; i++) {
+    const float *next = i + 1 < rows->count ? logits_of(rows, i + 1) : NULL;
+    top_of_row(logits_of(rows, i), maxima_of(rows, i), rows->size, k, temperatures[i], next, spare, found,
+               values + i * k, ids + i * k, log_sum_exps + i);
   }
-  free(maxima);
+  free(spare);
   free(found);
   return enough;
 }
 
 float largest_or_nan(const float *x, size_t count) {
-  __m256 largest = _mm256_set1_ps(-INFINITY), nans = _mm256_setzero_ps();
+  __m256 largest[4], nans = _mm256_setzero_ps();
+  for (size_t j = 0; j < 4; j++) largest[j] = _mm256_set1_ps(-INFINITY);
   size_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m256 values = _mm256_loadu_ps(x + i);
-    largest = _mm256_max_ps(values, largest);
-    nans = _mm256_or_ps(nans, _mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  for (; i + 32 <= count; i += 32) {
+    __m256 values[4];
+    for (size_t j = 0; j < 4; j++) {
+      values[j] = _mm256_loadu_ps(x + i + 8 * j);
+      largest[j] = _mm256_max_ps(values[j], largest[j]);
+    }
+    nans = _mm256_or_ps(nans, _mm256_cmp_ps(values[0], values[1], _CMP_UNORD_Q));
+    nans = _mm256_or_ps(nans, _mm256_cmp_ps(values[2], values[3], _CMP_UNORD_Q));
   }
   bool has_nan = _mm256_movemask_ps(nans);
-  float lanes[8], result = -INFINITY;
-  _mm256_storeu_ps(lanes, largest);
-  for (size_t lane = 0; lane < 8; lane++) result = lanes[lane] > result ? lanes[lane] : result;
+  float result = max8(_mm256_max_ps(_mm256_max_ps(largest[0], largest[1]), _mm256_max_ps(largest[2], largest[3])));
   for (; i < count; i++) {
     has_nan |= isnan(x[i]);
     result = x[i] > result ? x[i] : result;
   }
   return has_nan ? NAN : result;
+}
+
+const float *logits_of(const known_rows *rows, size_t i) { return rows->logits + (size_t)rows->places[i] * rows->size; }
+
+const float *maxima_of(const known_rows *rows, size_t i) {
+  float *maxima = rows->maxima + (size_t)rows->places[i] * count_maxima(rows->size);
+  if (rows->is_stale[rows->places[i]]) {
+    const float *row = logits_of(rows, i);
+    for (size_t start = 0; start < rows->size; start += MAXIMUM_SPAN) {
+      const size_t left = rows->size - start;
+      maxima[start / MAXIMUM_SPAN] = largest_or_nan(row + start, left < MAXIMUM_SPAN ? left : MAXIMUM_SPAN);
+    }
+  }
+  return maxima;
 }
 
 /* The place of the first number of x that is `value`, as one of them is. */
@@ -174,14 +206,12 @@ static size_t find(const float *x, float value) {
   return i;
 }
 
-void greedy_of_rows(const float *logits, const float *maxima, size_t size, const int64_t *rows, size_t num_rows,
-                    int64_t *ids) {
-  const size_t num_maxima = count_maxima(size);
-  for (size_t i = 0; i < num_rows; i++) {
-    const float *spans = maxima + (size_t)rows[i] * num_maxima;
-    const float largest = largest_or_nan(spans, num_maxima);
-    const size_t first = find(spans, largest) * MAXIMUM_SPAN;
-    ids[i] = (int64_t)(first + find(logits + (size_t)rows[i] * size + first, largest));
+void greedy_of_rows(const known_rows *rows, int64_t *ids) {
+  for (size_t i = 0; i < rows->count; i++) {
+    const float *maxima = maxima_of(rows, i);
+    const float largest = largest_or_nan(maxima, count_maxima(rows->size));
+    const size_t first = find(maxima, largest) * MAXIMUM_SPAN;
+    ids[i] = (int64_t)(first + find(logits_of(rows, i) + first, largest));
   }
 }
 

@@ -91,40 +91,36 @@ class CompiledLogits(HostLogits):
     """
 
     def __init__(self, array: NDArray[np.float32], maxima: NDArray[np.float32] | None = None) -> None:
-        """``maxima`` are those of the spans of ``array``, if the graph gave them (``fused``)."""
+        """``maxima`` are those of the spans of ``array``, if the graph gave them (``fused``); they are written to."""
+        from headrace_kernels import MAXIMUM_SPAN, KnownRows
+
         super().__init__(array)
-        self._maxima = maxima
-        self._shown: set[int] = set()
-        """Rows that may have been changed: their maxima are not to be relied on."""
+        self._is_stale = np.full(len(array), maxima is None)
+        if maxima is None:
+            maxima = np.empty((len(array), -(-array.shape[1] // MAXIMUM_SPAN)), np.float32)
+        self._known = KnownRows(array, maxima, self._is_stale)
 
     def row(self, index: int) -> NDArray[np.float32]:
-        self._shown.add(index)
+        self._is_stale[index] = True  # from now on: whoever has it may change it at any time
         return super().row(index)
 
     def logit(self, index: int, token_id: int) -> float:
-        """One logit of a row, which is not changed."""
         return float(self._array[index, token_id])
 
     def greedy(self, rows: Sequence[int]) -> NDArray[np.int64]:
-        if self._maxima is None:
-            return super().greedy(rows)
         import headrace_kernels
 
-        places, is_shown = np.asarray(rows, np.int64), np.array([row in self._shown for row in rows], np.bool_)
-        chosen = np.empty(places.size, np.int64)
-        chosen[~is_shown] = headrace_kernels.greedy(self._array, self._maxima, places[~is_shown])
-        chosen[is_shown] = super().greedy(places[is_shown].tolist())
-        return chosen
+        return headrace_kernels.greedy(self._known, np.array(rows, np.int64))
 
     def top(self, rows: Sequence[int], k: int, temperature: NDArray[np.float32]) -> TopLogits:
         import headrace_kernels
 
-        size = self._array.shape[1]
-        largest, ids, log_sum_exp = headrace_kernels.top(_rows_of(self._array, rows), min(k, size), temperature)
+        places, k = np.array(rows, np.int64), min(k, self._known.size)
+        largest, ids, log_sum_exp = headrace_kernels.top(self._known, places, k, temperature)
         return TopLogits(ids, largest, log_sum_exp)
 
     def draw(self, rows: Sequence[int], options: DrawOptions) -> NDArray[np.int64]:
-        places = np.asarray(rows, np.int64)
+        places = np.array(rows, np.int64)
         typical = options.typical_p < 1  # seldom asked for, and not compiled
         if not typical.any():
             return self._draw_compiled(places, options)
@@ -137,7 +133,7 @@ class CompiledLogits(HostLogits):
         import headrace_kernels
 
         return headrace_kernels.draw(
-            self._array,
+            self._known,
             places,
             temperature=options.temperature,
             top_k=options.top_k,
