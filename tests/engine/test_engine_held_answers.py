@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from headrace.server.engine.runner import Outbox
 from tests.engine.engine_kit import Clock, make_call, read, running_engine, scripted, until
 
 BATCH = Scheduling(latency_class=LatencyClass.BATCH)
+FIRST = Scheduling(latency_class=LatencyClass.BATCH, priority=100)
 NUM_SLOTS = 4
 
 
@@ -60,16 +62,26 @@ async def test_not_longer_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None
         await asyncio.gather(*reading)
 
 
-async def test_whoever_is_in_a_hurry_takes_them_along() -> None:
-    calls = batch_calls(40)
-    async with running_engine(scripted(num_slots=NUM_SLOTS, seconds_per_step=0.002), clock=Clock()) as engine:
+@pytest.mark.parametrize(
+    "hurried",
+    [
+        {},
+        {"is_streamed": False},
+        {"scheduling": FIRST},
+        {"scheduling": FIRST, "is_streamed": False, "deadline": 1001.0},
+    ],
+    ids=["a chat", "that is not streamed", "batch work that is streamed", "batch work whose time is short"],
+)
+async def test_whoever_is_in_a_hurry_takes_them_along(hurried: dict[str, Any]) -> None:
+    calls, clock = batch_calls(40), Clock(1000.0)
+    async with running_engine(scripted(num_slots=NUM_SLOTS, seconds_per_step=0.002), clock=clock) as engine:
         reading = [asyncio.create_task(read(engine, call)) for call in calls]
         await until(lambda: calls[10].meter.first_token is not None)
         assert not reading[0].done()
-        chat = await read(engine, make_call("chat", max_new_tokens=5))
-        assert len(chat.deltas()) == 5
+        answer = await read(engine, make_call("now", max_new_tokens=5, **hurried))
+        assert len(answer.ids()) == 5
         assert reading[0].done()
-        assert not reading[-1].done()
+        assert engine.runner._scheduler.num_waiting >= NUM_SLOTS  # so it was not for want of others
         await asyncio.gather(*reading)
 
 

@@ -31,6 +31,7 @@ from headrace.backends.errors import (
 )
 from headrace.backends.events import ChoiceFinish, Event, FinishReason, TokenLogprob, TopLogprob
 from headrace.backends.requests import ExpiryAction, LatencyClass
+from headrace.backends.types import Call
 from headrace.server.engine.admission import Admission
 from headrace.server.engine.drafts import Draft
 from headrace.server.engine.masks import Masks, TokenMask, Wanted
@@ -490,13 +491,17 @@ class Runner:
                 self._log.error("release_failed", exc_info=second)
 
     def _emit(self, sequence: Sequence, event: Event | BaseException) -> None:
-        call = sequence.call
-        if call.is_streamed or call.request.scheduling.latency_class is not LatencyClass.BATCH:
+        if self._is_in_a_hurry(sequence.call):
             self._held_until = None
         elif not self._outbox:
             self._held_until = self._clock() + _HELD_SECONDS
         sequence.stream.count_written()
         self._outbox.append((sequence.stream, event))
+
+    def _is_in_a_hurry(self, call: Call) -> bool:
+        if call.is_streamed or call.request.scheduling.latency_class is not LatencyClass.BATCH:
+            return True
+        return call.deadline is not None and call.deadline < self._clock() + 10 * _HELD_SECONDS
 
     def _may_wait(self) -> bool:
         """Whether what is in the outbox is for nobody who is in a hurry, and the slots are full without it."""
