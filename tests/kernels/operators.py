@@ -81,7 +81,7 @@ class Operator:
 
 def unknown(rows: NDArray[np.float32]) -> Any:
     """``KnownRows`` whose maxima nobody has told."""
-    from headrace_kernels import MAXIMUM_SPAN, KnownRows
+    from headrace_kernels import KnownRows, count_maxima
 
-    maxima = np.full((len(rows), -(-rows.shape[1] // MAXIMUM_SPAN)), np.nan, np.float32)
+    maxima = np.full((len(rows), count_maxima(rows.shape[1])), np.nan, np.float32)
     return KnownRows(rows, maxima, np.ones(len(rows), np.bool_))

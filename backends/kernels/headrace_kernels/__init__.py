@@ -47,13 +47,18 @@ def _found() -> tuple[Path, str] | None:
     return (Path(spec.origin), name.decode()) if name is not None else None
 
 
-MAXIMUM_SPAN = 128
-"""Neighbouring logits of which the largest is known."""
+_MAXIMUM_SPAN = 128
+"""In src/top.h: neighbouring logits of which the largest is known."""
+
+
+def count_maxima(size: int) -> int:
+    """Of a row of ``size`` logits: one for each span, the last of which may be shorter."""
+    return -(-size // _MAXIMUM_SPAN)
 
 
 class KnownRows:
     """Rows of ``logits`` [N, V] and the largest of each span of them, or NaN where there is one: ``maxima``
-    [N, V / MAXIMUM_SPAN, rounded up], which Linear gives with a product, if it is asked to. Of those rows whose
+    [N, count_maxima(V)], which Linear gives with a product, if it is asked to. Of those rows whose
     ``is_stale`` [N] is true they are found anew, and written, each time. Raises ValueError for arrays that do not fit.
 
     Where ``library`` is None the functions below must not be called.
@@ -66,7 +71,7 @@ class KnownRows:
         self.num_rows, self.size = logits.shape
         if not 1 <= self.size < 2**31:
             raise ValueError("logits must be [N, V], V from 1 to 2^31 - 1")
-        wanted = (self.num_rows, -(-self.size // MAXIMUM_SPAN))
+        wanted = (self.num_rows, count_maxima(self.size))
         if maxima.shape != wanted:
             raise ValueError(f"maxima must be {wanted}, not {maxima.shape}")
         if is_stale.dtype != np.bool_ or is_stale.shape != wanted[:1] or not is_stale.flags.c_contiguous:

@@ -31,13 +31,6 @@ INLINE __m256 load_part(const float *p, size_t left) {
   return _mm256_loadu_ps(part);
 }
 
-/* Where a row without a distribution has its NaN, or its infinity. */
-static int64_t place_of(const float *row, size_t size, float x) {
-  size_t i = 0;
-  while (i + 1 < size && !(isnan(x) ? isnan(row[i]) : row[i] == x)) i++;
-  return (int64_t)i;
-}
-
 static size_t block_size(size_t start, size_t count) { return count - start < BLOCK ? count - start : BLOCK; }
 
 INLINE double sum4(__m256d x) {
@@ -214,7 +207,7 @@ static double least_of_top_p(const draw_options *o, size_t size, float largest, 
 static int64_t draw_from_row(const float *row, const float *maxima, size_t size, const draw_options *o,
                              const float *next, pool *p) {
   scale s = {.largest = largest_or_nan(maxima, count_maxima(size)), .temperature = o->temperature};
-  if (!isfinite(s.largest)) return place_of(row, size, s.largest);
+  if (!isfinite(s.largest)) return (int64_t)place_of(row, size, s.largest);
   const size_t top_k = (uint64_t)o->top_k < size ? (size_t)o->top_k : size;
   double bound = (double)s.largest - FAR * o->temperature, mass = INFINITY;
   if (top_k == size) {

@@ -199,19 +199,19 @@ const float *maxima_of(const known_rows *rows, size_t i) {
   return maxima;
 }
 
-/* The place of the first number of x that is `value`, as one of them is. */
-static size_t find(const float *x, float value) {
+size_t place_of(const float *x, size_t count, float value) {
   size_t i = 0;
-  while (isnan(value) ? !isnan(x[i]) : x[i] != value) i++;
+  while (i + 1 < count && !(isnan(value) ? isnan(x[i]) : x[i] == value)) i++;
   return i;
 }
 
 void greedy_of_rows(const known_rows *rows, int64_t *ids) {
   for (size_t i = 0; i < rows->count; i++) {
     const float *maxima = maxima_of(rows, i);
-    const float largest = largest_or_nan(maxima, count_maxima(rows->size));
-    const size_t first = find(maxima, largest) * MAXIMUM_SPAN;
-    ids[i] = (int64_t)(first + find(logits_of(rows, i) + first, largest));
+    const size_t num_maxima = count_maxima(rows->size);
+    const float largest = largest_or_nan(maxima, num_maxima);
+    const size_t first = place_of(maxima, num_maxima, largest) * MAXIMUM_SPAN;
+    ids[i] = (int64_t)(first + place_of(logits_of(rows, i) + first, rows->size - first, largest));
   }
 }
 

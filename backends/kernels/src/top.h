@@ -12,6 +12,9 @@ static inline size_t count_maxima(size_t size) { return (size + MAXIMUM_SPAN - 1
 /* The largest of x [count], count from 1, or NaN where there is one. */
 float largest_or_nan(const float *x, size_t count);
 
+/* The place of the first of x [count] that is `value`, or NaN as it is; the last place if none is. */
+size_t place_of(const float *x, size_t count, float value);
+
 /* Rows of numbers, and what is known of them. */
 typedef struct {
   const float *logits; /* [][size] */

@@ -12,7 +12,7 @@ Inputs (T new tokens; R rows of logits; C capacity of a slot, a multiple of 16):
     logits_index    int64 [R]     the tokens whose logits are wanted
     cache           float16 [layers, 2, slots, kv_heads, C, head_size]: keys, then values; written in place
 
-Outputs: ``logits`` float32 [R, V]; ``maxima`` float32 [R, M], the largest of each 128 logits, the last ones fewer.
+Outputs: ``logits`` float32 [R, V]; ``maxima`` float32 [R, M], the largest of each span of neighbouring logits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from headrace.backends.onnx.writer import HEADRACE, GraphBuilder, WeightFile
 
 _GATES = {"silu": 1, "gelu_tanh": 2}
 _TILE = 16
-_MAXIMUM_SPAN = 128
 _MAX_HEAD_SIZE = 256
 
 
@@ -155,9 +154,8 @@ class _FusedDecoder:
             value("logits_index", TensorProto.INT64, ["R"]),
             value("cache", TensorProto.FLOAT16, cache),
         ]
-        size = config.vocabulary_size
         outputs = [
-            value("logits", TensorProto.FLOAT, ["R", size]),
-            value("maxima", TensorProto.FLOAT, ["R", -(-size // _MAXIMUM_SPAN)]),
+            value("logits", TensorProto.FLOAT, ["R", config.vocabulary_size]),
+            value("maxima", TensorProto.FLOAT, ["R", "M"]),
         ]
         return inputs, outputs

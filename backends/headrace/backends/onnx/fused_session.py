@@ -26,9 +26,8 @@ class FusedSession:
     def __init__(self, session: ort.InferenceSession, kv: KvMemory) -> None:
         self._session = session
         self._kv = kv
-        shapes = {output.name: output.shape for output in session.get_outputs()}
-        self._num_maxima: int | None = shapes["maxima"][1] if "maxima" in shapes else None
-        """Of a row; ``None``: the bundle is older than they are."""
+        self._has_maxima = any(output.name == "maxima" for output in session.get_outputs())
+        """Otherwise the bundle is older than they are."""
         self._decodes: dict[int, _Feeds] = {}
 
     def run(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.float32] | None:
@@ -39,10 +38,12 @@ class FusedSession:
             feeds.positions[:] = [row.num_cached_tokens for row in rows]
         else:
             feeds = self._bind_chunks(rows)
-        if self._num_maxima is None:
+        if not self._has_maxima:
             run_bound(self._session, feeds.binding, logits=logits)
             return None
-        maxima = np.empty((len(logits), self._num_maxima), np.float32)
+        from headrace_kernels import count_maxima
+
+        maxima = np.empty((len(logits), count_maxima(logits.shape[1])), np.float32)
         run_bound(self._session, feeds.binding, logits=logits, maxima=maxima)
         return maxima
 

@@ -92,12 +92,12 @@ class CompiledLogits(HostLogits):
 
     def __init__(self, array: NDArray[np.float32], maxima: NDArray[np.float32] | None = None) -> None:
         """``maxima`` are those of the spans of ``array``, if the graph gave them (``fused``); they are written to."""
-        from headrace_kernels import MAXIMUM_SPAN, KnownRows
+        from headrace_kernels import KnownRows, count_maxima
 
         super().__init__(array)
         self._is_stale = np.full(len(array), maxima is None)
         if maxima is None:
-            maxima = np.empty((len(array), -(-array.shape[1] // MAXIMUM_SPAN)), np.float32)
+            maxima = np.empty((len(array), count_maxima(array.shape[1])), np.float32)
         self._known = KnownRows(array, maxima, self._is_stale)
 
     def row(self, index: int) -> NDArray[np.float32]:
